@@ -1,0 +1,1 @@
+"""The story of a run, in order; the only place where tasks and engine meet."""

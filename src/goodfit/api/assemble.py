@@ -1,0 +1,160 @@
+"""From a plan and an index to everything that `fit` takes: what a run and its resumption have in common."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from goodfit.config.plan import Plan
+from goodfit.data.augment import PRESETS
+from goodfit.data.batch_transform import ImageBatchTransform
+from goodfit.data.index import DatasetIndex, data_hash
+from goodfit.data.loader import EvalLoader, MicroBatch, TrainLoader, TrainSamples
+from goodfit.data.split import subset
+from goodfit.data.store import PictureStore
+from goodfit.engine.device import DevicePolicy
+from goodfit.engine.ema import Ema, ema_decay
+from goodfit.engine.loop import FitSettings
+from goodfit.engine.optimizer import build_optimizer
+from goodfit.engine.ranks import Ranks
+from goodfit.engine.schedule import plan_schedule
+from goodfit.engine.state import LossScale, Progress, TrainState
+from goodfit.engine.step import StepContext
+from goodfit.models.builder import WeightReport, build_network, parameter_groups
+from goodfit.runtime.images import Preprocessing
+from goodfit.tasks.classify import ClassifyTask
+
+EVAL_BATCH = 64
+KEEP_BYTES = 512_000_000  # of validation images kept as the serving path made them
+NUM_FEW = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The parts of a run, built from its plan and index alone."""
+
+    plan: Plan
+    index: DatasetIndex
+    task: ClassifyTask
+    preprocessing: Preprocessing
+    context: StepContext
+    train: TrainLoader
+    val: EvalLoader
+    state: TrainState
+    settings: FitSettings
+    weights: WeightReport | None
+
+    def eval_loader(self, rows: npt.NDArray[np.int64]) -> EvalLoader:
+        """Any rows through the serving path, from their files."""
+        return EvalLoader(self.index, rows, preprocessing=self.preprocessing, batch=EVAL_BATCH,
+                          threads=self.plan.threads.value, collate=self.task.collate, keep=False)  # fmt: skip
+
+    def optimizer_for(self, model: torch.nn.Module) -> torch.optim.Optimizer:
+        """The plan's optimizer for a model of this kind."""
+        return build_optimizer(model, parameter_groups(model, self.plan), kind=self.plan.optimizer.value,
+                               momentum=self.plan.momentum.value)  # fmt: skip
+
+    def few_samples(self) -> MicroBatch:
+        """Eight training samples of as many classes as there are, through the serving path."""
+        rows = self.train.rows
+        targets = self.index.targets[rows]
+        first = [rows[targets == c] for c in range(len(self.index.class_names))]
+        chosen = [int(members[k]) for k in range(NUM_FEW) for members in first if k < len(members)][:NUM_FEW]
+        (micro,) = self.eval_loader(np.array(chosen, np.int64))
+        return micro
+
+
+def assemble(plan: Plan, index: DatasetIndex, *, workers: int | None = None) -> Parts:
+    """Build everything. The same plan and index give the same state, bit for bit, in any process.
+
+    Args:
+        workers: Loader processes instead of the plan's; they do not change what is computed.
+
+    Raises:
+        WeightsError: the pretrained weights cannot be had any more.
+    """
+    task = ClassifyTask(index.class_names, label_smoothing=plan.label_smoothing.value)
+    preprocessing = Preprocessing.from_dict(plan.preprocessing.value)
+    device = DevicePolicy(kind=plan.device.value, precision=plan.precision.value,
+                          channels_last=plan.channels_last.value)  # fmt: skip
+    ranks = Ranks()
+    preset = PRESETS[plan.augment.value]
+    transform = ImageBatchTransform(
+        preprocessing=preprocessing, num_classes=len(index.class_names), colour=preset.colour, mixup=plan.mixup.value,
+        cutmix=plan.cutmix.value, seed=plan.seed.value, channels_last=plan.channels_last.value,
+    )  # fmt: skip
+    store = PictureStore(index, imgsz=plan.imgsz.value, cache=plan.cache.value)
+    samples = TrainSamples(index=index, store=store, preset=preset, preprocessing=preprocessing, flip=plan.flip.value,
+                           seed=plan.seed.value, collate=task.collate)  # fmt: skip
+    rows = subset(index, plan.fraction.value, plan.split_seed.value)
+    workers = plan.workers.value if workers is None else workers
+    train = TrainLoader(samples, rows, batch=plan.batch.value, workers=workers, rank=ranks.rank, size=ranks.size)
+    val_rows = index.rows("val")
+    val = EvalLoader(index, val_rows, preprocessing=preprocessing, batch=EVAL_BATCH, threads=plan.threads.value,
+                     collate=task.collate, keep=len(val_rows) * 3 * preprocessing.size**2 <= KEEP_BYTES,
+                     rank=ranks.rank, size=ranks.size)  # fmt: skip
+    store.warm(rows, plan.threads.value)
+    network, weights = build_network(plan, len(index.class_names))
+    network = device.place(network)
+    state = _initial_state(plan, network, device, train.steps_per_epoch)
+    return Parts(
+        plan=plan,
+        index=index,
+        task=task,
+        preprocessing=preprocessing,
+        context=StepContext(task, transform, device, ranks, plan.seed.value, plan.clip.value),
+        train=train,
+        val=val,
+        state=state,
+        settings=FitSettings(patience=plan.patience.value, min_delta=plan.min_delta.value, monitor=plan.monitor.value,
+                             maximise=plan.monitor.value != "loss"),
+        weights=weights,
+    )  # fmt: skip
+
+
+def _initial_state(plan: Plan, network: torch.nn.Module, device: DevicePolicy, steps_per_epoch: int) -> TrainState:
+    schedule = plan_schedule(plan.schedule.value, epochs=plan.epochs.value, warmup=plan.warmup.value,
+                             lrf=plan.lrf.value, steps_per_epoch=steps_per_epoch)  # fmt: skip
+    return TrainState(
+        model=network,
+        optimizer=build_optimizer(network, parameter_groups(network, plan), kind=plan.optimizer.value,
+                                  momentum=plan.momentum.value),
+        ema=Ema(network, ema_decay(schedule.total_steps, steps_per_epoch)) if plan.ema.value else None,
+        loss_scale=LossScale(device.torch_device, active=device.scales_loss),
+        progress=Progress(schedule, num_micro=plan.accumulate.value),
+    )  # fmt: skip
+
+
+def run_hashes(plan: Plan, index: DatasetIndex) -> dict[str, Any]:
+    """What a checkpoint must agree with: the hash of the plan's values, and of the data."""
+    values = {name: d.value for name, d in plan.decisions().items() if name not in ("workers", "cache")}
+    text = json.dumps(values, sort_keys=True)
+    return {"plan_sha256": hashlib.sha256(text.encode()).hexdigest(), "data_sha256": data_hash(index)}
+
+
+@contextlib.contextmanager
+def execution(plan: Plan) -> Iterator[None]:
+    """Threads, determinism and random state as the plan says; everything is put back as it was at the end."""
+    threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    with torch.random.fork_rng():
+        try:
+            torch.set_num_threads(plan.threads.value)
+            if plan.deterministic.value:
+                torch.use_deterministic_algorithms(True)
+                torch.backends.cudnn.benchmark = False
+            else:
+                torch.backends.cudnn.benchmark = plan.device.value == "cuda"
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            torch.use_deterministic_algorithms(strict)
+            torch.backends.cudnn.benchmark = benchmark

@@ -1,0 +1,207 @@
+"""The stages after training: the final test, the bundle, the report. Each is skipped if its result is there."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import load_file
+
+from goodfit.api.assemble import Parts
+from goodfit.api.folder import AUDIT, PLAN, Run, load_request
+from goodfit.api.prepare import stage
+from goodfit.core.history import stage_seconds, training_rate
+from goodfit.core.journal import Journal
+from goodfit.core.random import permutation, stream
+from goodfit.core.safeio import read_json, write_json
+from goodfit.data.index import data_hash
+from goodfit.data.split import SealedTest
+from goodfit.engine.checkpoint import Checkpoints, tensors_sha256
+from goodfit.engine.device import DevicePolicy
+from goodfit.engine.evaluate import evaluate
+from goodfit.metrics.classification import ClassificationMeter
+from goodfit.models.builder import build_network
+from goodfit.outcome.baselines import ProbeResult, backbone_features, linear_probe, majority_class
+from goodfit.outcome.bundle import library_versions, write_bundle
+from goodfit.outcome.finaltest import final_result
+from goodfit.outcome.ledger import count_look
+from goodfit.outcome.plots import plot_confusion, plot_results
+from goodfit.outcome.report import write_report
+
+_PARITY = stream("parity")
+
+
+def load_best(parts: Parts, checkpoints: Checkpoints) -> None:
+    """Put the best weights of the run into the model, in float32."""
+    snapshot = checkpoints.load_best(parts.state.progress)
+    parts.state.model.load_state_dict(snapshot.files["ema" if parts.plan.ema.value else "model"])
+
+
+def final_test(run: Run, parts: Parts, journal: Journal) -> dict[str, Any]:
+    """Open the sealed split, count the look, test the model in float32 as it will be served, and write test.json.
+
+    Raises:
+        DataError: the test split is not the one that was sealed.
+    """
+    with stage(journal, "test") as note:
+        sealed = SealedTest(read_json(run.path / AUDIT)["data"]["test_sha256"])
+        rows = sealed.open(parts.index)
+        model = parts.state.model
+        digest = tensors_sha256({"": dict(model.state_dict())})
+        look = count_look(run.path.parent, sealed.sha256, run=run.path.name, weights_sha256=digest)
+        precise = DevicePolicy(kind=parts.plan.device.value, precision="fp32", channels_last=parts.plan.channels_last.value)
+        meter = evaluate(model, parts.eval_loader(rows), task=parts.task, transform=parts.context.transform,
+                         device=precise, ranks=parts.context.ranks)  # fmt: skip
+        assert isinstance(meter, ClassificationMeter)
+        probe, what = _probe(parts, rows, precise)
+        index = parts.index
+        result = final_result(meter, class_names=index.class_names, look=look, probe=probe, probe_reason=what,
+                              majority=majority_class(index.targets[index.rows("train")]),
+                              targets=index.targets[rows])  # fmt: skip
+        write_json(run.path / "test.json", result)
+        journal.emit("test", **{k: result[k] for k in ("n", "look", "accuracy", "low", "high", "macro_f1", "baselines")})
+        note.text = describe_test(result)
+    return result
+
+
+def describe_test(result: dict[str, Any]) -> str:
+    """The final test in one line."""
+    probe = result["baselines"]["linear_probe"]
+    beside = f" · linear probe {100 * probe['accuracy']:.1f} %" if probe else ""
+    return (
+        f"acc {100 * result['accuracy']:.1f} % ({100 * result['low']:.1f}–{100 * result['high']:.1f}, n = {result['n']}) · "
+        f"majority class {100 * result['baselines']['majority']['accuracy']:.1f} %{beside} · "
+        f"look {result['look']} on this test set"
+    )
+
+
+def _probe(parts: Parts, test_rows: npt.NDArray[np.int64], device: DevicePolicy) -> tuple[ProbeResult | None, str]:
+    """A linear probe on the backbone as it was before training."""
+    network, _ = build_network(parts.plan, len(parts.index.class_names))
+    if not hasattr(network, "forward_head"):
+        return None, "this network has no separate head"
+    network = device.place(network)
+
+    def features(rows: npt.NDArray[np.int64]) -> torch.Tensor:
+        batches = (parts.context.transform.evaluate(device.move(m.data))["image"] for m in parts.eval_loader(rows))
+        return backbone_features(network, batches)
+
+    index = parts.index
+    train, val = parts.train.rows, index.rows("val")
+    probe = linear_probe((features(train), index.targets[train]), (features(val), index.targets[val]),
+                         features(test_rows), len(index.class_names))  # fmt: skip
+    start = "pretrained" if parts.plan.pretrained.value != "false" else "randomly initialised"
+    return probe, f"logistic regression on the frozen, {start} {parts.plan.model.value}"
+
+
+def bundle_stage(run: Run, parts: Parts, journal: Journal, test: dict[str, Any]) -> dict[str, Any]:
+    """Export, prove and write the bundle.
+
+    Raises:
+        ExportError: the exported model does not reproduce the trained one.
+    """
+    if (run.bundle / "bundle.json").is_file() and (run.bundle / "manifest.json").is_file():
+        return dict(read_json(run.bundle / "bundle.json"))
+    with stage(journal, "bundle") as note:
+        index, plan = parts.index, parts.plan
+        val = index.rows("val")
+        order = permutation(len(val), _PARITY, plan.seed.value)
+        best = parts.state.progress.best
+        card = {
+            **parts.task.describe(),
+            "model": plan.model.value,
+            "licence": plan.weights.reason.removeprefix("licence: ") if plan.weights.value else "none: trained from scratch",
+            "weights": plan.weights.value,
+            "data_sha256": data_hash(index),
+            "metrics": {"val": best["metrics"] if best else {}, "test": test},
+        }
+        made = write_bundle(run.bundle, parts.state.model, preprocessing=parts.preprocessing, card=card,
+                            plan=plan.to_dict(), images=[index.file(int(val[i])) for i in order])  # fmt: skip
+        parity, latency = made["parity"], made["latency"]
+        note.text = (f"{run.bundle}  parity {parity['max_difference']:.0e} on {parity['num_files']} files · "
+                     f"{latency['p50_ms']:.1f} ms p50")  # fmt: skip
+    return made
+
+
+def report_stage(run: Run, parts: Parts, journal: Journal, test: dict[str, Any], bundle: dict[str, Any]) -> None:
+    """Draw the pictures and write report.html."""
+    with stage(journal, "report") as note:
+        plots = run.path / "plots"
+        plots.mkdir(exist_ok=True)
+        events = run.events
+        epochs = [e for e in events if e["event"] == "epoch"]
+        plot_results(epochs, plots / "results.png")
+        plot_confusion(test["confusion"], parts.index.class_names, plots / "confusion_matrix.png")
+        audit = read_json(run.path / AUDIT)
+        probe = test["baselines"]["linear_probe"]
+        rows = [{"name": "this model", "what": parts.plan.model.value, **test}]
+        rows += [{"name": n.replace("_", " "), **r} for n, r in test["baselines"].items() if r]
+        best = parts.state.progress.best or {}
+        facts = {
+            "name": run.path.name, "data": audit["data"], "findings": audit["findings"],
+            "decisions": parts.plan.to_dict()["decisions"], "test": test, "comparison": rows, "bundle": bundle,
+            "gain": test["accuracy"] - probe["accuracy"] if probe else None,
+            "training": f"{len(epochs)} epochs, {parts.state.progress.step} steps; the best state is that of epoch "
+                        f"{best.get('epoch', 0) + 1}; {len(parts.state.progress.skipped)} updates left out.",
+            "rate": rate(run), "seconds": stage_seconds(events), "commands": commands(run),
+            "versions": library_versions(),
+        }  # fmt: skip
+        write_report(run.path / "report.html", facts,
+                     {"results": plots / "results.png", "confusion": plots / "confusion_matrix.png"})  # fmt: skip
+        note.text = str(run.path / "report.html")
+
+
+def rate(run: Run) -> dict[str, float]:
+    """Samples per second of training, and its share of the bare step that the rehearsal measured (0 without one)."""
+    events = run.events
+    bare = [float(e["bare_rate"]) for e in events if e["event"] == "stage" and e.get("bare_rate")]
+    speed = training_rate(events)
+    return {"samples_per_second": speed, "share_of_bare": speed / bare[-1] if bare else 0.0}
+
+
+def commands(run: Run) -> list[str]:
+    """How to do it again, from the command line and from Python."""
+    data = load_request(run.path).data or ""
+    plan = run.path / PLAN
+    return [
+        f"goodfit train {shlex.quote(data)} plan={shlex.quote(str(plan))}",
+        f"goodfit.train({data!r}, plan={str(plan)!r})",
+        f"goodfit predict {shlex.quote(str(run.bundle))} IMAGE...",
+    ]
+
+
+def write_result(run: Run, parts: Parts, checkpoints: Checkpoints, test: dict[str, Any]) -> dict[str, Any]:
+    """Write result.json, what `json=true` prints."""
+    progress = parts.state.progress
+    last = checkpoints.latest()
+    assert last is not None
+    probe = test["baselines"]["linear_probe"]
+    events = run.events
+    result = {
+        "status": "done",
+        "task": parts.plan.task.value,
+        "run": str(run.path),
+        "bundle": str(run.bundle),
+        "epochs": sum(e["event"] == "epoch" for e in events),
+        "steps": progress.step,
+        "metrics": {
+            "val": progress.best["metrics"] if progress.best else {},
+            "test": {k: test[k] for k in ("n", "low", "high", "look", "accuracy", "macro_f1", "loss")},
+        },
+        "baselines": {
+            "majority": test["baselines"]["majority"]["accuracy"],
+            "linear_probe": probe["accuracy"] if probe else None,
+        },
+        "weights_sha256": tensors_sha256({"": load_file(str(run.bundle / "model.safetensors"))}),
+        "state_sha256": tensors_sha256(last.files),
+        "rate": rate(run),
+        "seconds": stage_seconds(events),
+    }
+    write_json(run.path / "result.json", result)
+    return result
+
+

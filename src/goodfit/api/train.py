@@ -1,0 +1,213 @@
+"""`train`, `resume` and their shorter siblings `audit`, `plan` and `test`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from goodfit.api.assemble import Parts, assemble, execution, run_hashes
+from goodfit.api.finish import bundle_stage, final_test, load_best, report_stage, write_result
+from goodfit.api.folder import AUDIT, PLAN, SPLIT, Run, create_folder, open_run, save_request
+from goodfit.api.prepare import base_plan, decide, read_and_audit, stage
+from goodfit.config.parse import read_request
+from goodfit.config.plan import Plan
+from goodfit.config.request import TrainRequest
+from goodfit.core.errors import DataError, GoodfitError, Stopped, StorageError
+from goodfit.core.journal import Journal
+from goodfit.core.lock import run_lock
+from goodfit.core.safeio import read_json, write_json, write_text
+from goodfit.data.index import read_split, write_split
+from goodfit.engine.checkpoint import Checkpoints, restore
+from goodfit.engine.loop import fit
+from goodfit.engine.stop import StopFlag
+from goodfit.models.builder import build_network
+from goodfit.planning.rehearsal import rehearse
+from goodfit.watch.metrics_file import MetricsFile
+from goodfit.watch.terminal import Terminal
+
+
+def train(data: str | Path | None = None, **asked: Any) -> Run:
+    """Take a dataset through the whole workflow: audit, split, plan, rehearse, train, test once, export, report.
+
+    Args:
+        data: A folder of class folders, or a CSV list.
+        **asked: Any option of `goodfit train`, by the same names; what is not asked is decided, with a reason.
+
+    Returns:
+        The finished run: `metrics`, `plan`, `findings`, `predict`, `path`.
+
+    Raises:
+        GoodfitError: see goodfit.core.errors; a run that was stopped can be resumed.
+    """
+    request = read_request({"data": data, **asked} if data is not None else asked)
+    base = base_plan(request)
+    journal = Journal(None, (Terminal(),))
+    audited = read_and_audit(request, journal, base)
+    plan = decide(request, audited, journal, base)
+    folder = create_folder(request, Path(str(request.data)).resolve().name.removesuffix(".csv"))
+    with run_lock(folder), _recorded(journal, folder):
+        save_request(folder, request)
+        write_json(folder / AUDIT, audited.to_dict())
+        write_text(folder / SPLIT, write_split(audited.index))
+        write_json(folder / "run.json", {"root": str(audited.index.root.resolve())})
+        write_json(folder / PLAN, plan.to_dict())
+        journal.emit("run", path=str(folder))
+        with execution(plan):
+            parts = assemble(plan, audited.index)
+            if plan.rehearse.value:
+                rehearsal_stage(parts, journal)
+            return complete(Run(folder), parts, journal)
+
+
+def complete(run: Run, parts: Parts, journal: Journal) -> Run:
+    """From a state to a finished run: fit, test, bundle, report. What is done already is not done again."""
+    checkpoints = Checkpoints(run.path / "checkpoints", run_hashes(parts.plan, parts.index))
+    continue_from(parts, checkpoints, journal)
+    journal.listen(MetricsFile(run.path))
+    with stage(journal, "train") as note:
+        with StopFlag() as stop:
+            fit(parts.state, parts.context, parts.train, parts.val, settings=parts.settings, checkpoints=checkpoints,
+                journal=journal, stop=stop)  # fmt: skip
+        progress = parts.state.progress
+        best = progress.best or {}
+        note.text = f"ended by its {progress.ended} after {progress.step} steps; best epoch {best.get('epoch', 0) + 1}"
+    load_best(parts, checkpoints)
+    done = run.path / "test.json"
+    test = read_json(done) if done.is_file() else final_test(run, parts, journal)
+    bundle = bundle_stage(run, parts, journal, test)
+    report_stage(run, parts, journal, test, bundle)
+    write_result(run, parts, checkpoints, test)
+    journal.emit("done", path=str(run.path))
+    return run
+
+
+def rehearsal_stage(parts: Parts, journal: Journal) -> None:
+    """Stage `rehearse`: raises TrainingError if the model would not learn."""
+    with stage(journal, "rehearse") as note:
+        found = rehearse(
+            parts.state.model, parts.context, build_optimizer=parts.optimizer_for,
+            rebuild=lambda: build_network(parts.plan, len(parts.index.class_names))[0], few=parts.few_samples(),
+            batch=parts.train.group(0, 0, parts.plan.accumulate.value),
+        )  # fmt: skip
+        note.text = f"{found.describe()} · {found.bare_rate:,.0f} img/s bare step"
+        note.fields = {"bare_rate": found.bare_rate}
+
+
+def continue_from(parts: Parts, checkpoints: Checkpoints, journal: Journal) -> None:
+    """Put the newest valid checkpoint into the state, if there is one, and say so."""
+    snapshot = checkpoints.latest()
+    for damaged in checkpoints.damaged:
+        journal.emit("stage", name="resume", text=f"passed over a damaged checkpoint: {damaged}")
+    if snapshot is None:
+        return
+    restore(parts.state, snapshot)
+    progress = parts.state.progress
+    journal.segment, journal.step = progress.segment, progress.step
+    journal.emit("run", resumed_from={"segment": progress.segment, "step": progress.step})
+    gone = f"; removed an incomplete attempt: {', '.join(checkpoints.removed)}" if checkpoints.removed else ""
+    journal.emit("stage", name="resume", text=f"from step {progress.step}, epoch {progress.epoch + 1}{gone}")
+
+
+def resume(run: str | Path, *, workers: int | None = None) -> Run:
+    """Go on with a run that was stopped, exactly as if it had not been; a finished run is returned unchanged.
+
+    Args:
+        run: Its folder.
+        workers: Other number of loader processes; the result is the same with any.
+
+    Raises:
+        RequestError: the folder is not a run.
+        DataError: files of the dataset changed since the run began.
+        StorageError: the run is held by another process, or its records are damaged.
+    """
+    opened = open_run(run)
+    if (opened.path / "result.json").is_file():
+        return opened
+    journal = Journal(None, (Terminal(),))
+    with run_lock(opened.path), _recorded(journal, opened.path):
+        parts = reopen(opened, journal, workers=workers)
+        with execution(parts.plan):
+            return complete(opened, parts, journal)
+
+
+def reopen(run: Run, journal: Journal, *, workers: int | None = None) -> Parts:
+    """Build a run's parts from its folder; raises DataError if its files changed."""
+    from goodfit.data.audit import changed_files
+
+    plan = run.plan
+    index = read_split(run.path / SPLIT, Path(read_json(run.path / "run.json")["root"]))
+    with stage(journal, "data") as note:
+        changed = changed_files(index)
+        if changed:
+            raise DataError(f"{len(changed)} files changed since the run began (first: {changed[0]}).",
+                            where=str(index.root), kept="the run and its checkpoints",
+                            next="put the files back, or start a new run")  # fmt: skip
+        note.text = f"{len(index):,} files unchanged"
+    with execution(plan):
+        return assemble(plan, index, workers=workers)
+
+
+def test(run: str | Path) -> dict[str, Any]:
+    """Test a finished run's best weights once more on its sealed split: one more look, and it is counted.
+
+    Returns:
+        The content of test.json.
+    """
+    opened = open_run(run)
+    journal = Journal(None, (Terminal(),))
+    with run_lock(opened.path), _recorded(journal, opened.path):
+        parts = reopen(opened, journal)
+        checkpoints = Checkpoints(opened.path / "checkpoints", run_hashes(parts.plan, parts.index))
+        snapshot = checkpoints.latest()
+        if snapshot is None or not snapshot.progress["finished"]:
+            raise StorageError("This run has not finished training.", where=str(run), next=f"goodfit resume {run}")
+        with execution(parts.plan):
+            restore(parts.state, snapshot)
+            load_best(parts, checkpoints)
+            return final_test(opened, parts, journal)
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan that was made and not run, with the audit that it stands on."""
+
+    plan: Plan
+    audit: dict[str, Any]
+
+
+def audit(data: str | Path | None = None, **asked: Any) -> dict[str, Any]:
+    """Read, audit and split a dataset, and stop there. Returns the content of audit.json; nothing is written."""
+    request = read_request({"data": data, **asked} if data is not None else asked)
+    return read_and_audit(request, Journal(None, (Terminal(),)), base_plan(request)).to_dict()
+
+
+def plan(data: str | Path | None = None, **asked: Any) -> Planned:
+    """As `train`, but stops after the plan; nothing is written."""
+    request: TrainRequest = read_request({"data": data, **asked} if data is not None else asked)
+    base = base_plan(request)
+    journal = Journal(None, ())
+    audited = read_and_audit(request, journal, base)
+    return Planned(decide(request, audited, journal, base), audited.to_dict())
+
+
+@contextmanager
+def _recorded(journal: Journal, folder: Path) -> Iterator[None]:
+    """Write the journal into a run's folder, and the reason if the run ends early."""
+    journal.open(folder / "events.jsonl")
+    try:
+        yield
+    except GoodfitError as error:
+        error.next = error.next.replace("RUN", str(folder))
+        if not error.where and isinstance(error, Stopped):
+            error.where = str(folder)
+        journal.emit("failed", **error.describe())
+        raise
+    except BaseException as error:
+        journal.emit("failed", status="failed", error=f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        journal.close()
+

@@ -1,0 +1,255 @@
+"""`goodfit VERB ...`: parses words, calls the api, prints the result. Imports torch only when a command needs it."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from goodfit import __version__
+from goodfit.cli.arguments import OUTPUT, split_words, take_output_options
+from goodfit.config.request import options
+from goodfit.core.errors import GoodfitError, RequestError
+
+Words = list[str]
+Asked = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a command found: for scripts as one JSON object, for people as lines."""
+
+    value: dict[str, Any]
+    lines: Sequence[str] = ()
+
+
+def train(places: Words, asked: Asked) -> Answer:
+    """Take a dataset through the whole workflow, from audit to bundle."""
+    from goodfit.api.train import train
+
+    return _finished(train(_one(places, asked, "data"), **asked))
+
+
+def demo(places: Words, asked: Asked) -> Answer:
+    """Train on 1,797 real handwritten digits, in under a minute."""
+    from goodfit.api.demo import demo
+
+    _none(places)
+    return _finished(demo(**asked))
+
+
+def resume(places: Words, asked: Asked) -> Answer:
+    """Go on with a run that was stopped."""
+    from goodfit.api.train import resume
+    from goodfit.config.parse import parse_request
+
+    run = _one(places, asked, "run")
+    request = parse_request(asked, allowed=("workers",))
+    if run is None:
+        raise RequestError("No run was given.", next="goodfit resume runs/NAME")
+    return _finished(resume(run, workers=request.workers))
+
+
+def test(places: Words, asked: Asked) -> Answer:
+    """Test a finished run once more; the look is counted."""
+    from goodfit.api.finish import describe_test
+    from goodfit.api.train import test
+    from goodfit.config.parse import parse_request
+
+    run = _one(places, asked, "run")
+    parse_request(asked, allowed=())
+    if run is None:
+        raise RequestError("No run was given.", next="goodfit test runs/NAME")
+    found = test(run)
+    row = {k: found[k] for k in ("n", "low", "high", "look", "accuracy", "macro_f1", "loss")}
+    baselines = {name: base["accuracy"] if base else None for name, base in found["baselines"].items()}
+    value = {"status": "done", "run": run, "metrics": {"test": row}, "baselines": baselines}
+    return Answer(value, [f"test      {describe_test(found)}"])
+
+
+def audit(places: Words, asked: Asked) -> Answer:
+    """Read and check a dataset, and stop there; nothing is written."""
+    from goodfit.api.train import audit
+
+    found = audit(_one(places, asked, "data"), **asked)
+    lines = [f"{f['severity']:<8} {f['count']:>6,} {f['kind']}: {f['action']}" for f in found["findings"]]
+    lines += [f"         {item}" for f in found["findings"] if f["severity"] != "info" for item in f["items"][:5]]
+    return Answer(found, lines or ["nothing found"])
+
+
+def plan(places: Words, asked: Asked) -> Answer:
+    """Decide everything and stop there; nothing is written."""
+    from goodfit.api.train import plan
+
+    value = plan(_one(places, asked, "data"), **asked).plan.to_dict()
+    width = max(len(name) for name in value["decisions"])
+    lines = [f"{n:<{width}}  {_short(d['value']):<28} {d['source']:<9} {d['reason']}" for n, d in value["decisions"].items()]
+    return Answer(value, lines)
+
+
+def predict(places: Words, asked: Asked) -> Answer:
+    """Classify images with a bundle; needs no torch."""
+    from goodfit.api.predict import predict
+
+    table = asked.pop("table", "false").lower() == "true"
+    if asked:
+        raise RequestError(f"predict does not take {', '.join(asked)}.", next="goodfit predict BUNDLE IMAGE... table=true")
+    if not places:
+        raise RequestError("No bundle was given.", next="goodfit predict BUNDLE IMAGE...")
+    rows = predict(places[0], places[1:])
+    if table:
+        width = max(len(row["image"]) for row in rows)
+        lines = [f"{r['image']:<{width}}  {r.get('label') or 'error: ' + r['error']}  {r.get('probability', '')}" for r in rows]
+    else:
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    failed = sum("error" in row for row in rows)
+    return Answer({"status": "done", "num_images": len(rows), "num_failed": failed, "predictions": rows}, lines)
+
+
+COMMANDS: dict[str, Callable[[Words, Asked], Answer]] = {
+    "train": train, "demo": demo, "resume": resume, "test": test, "audit": audit, "plan": plan, "predict": predict,
+}  # fmt: skip
+USAGE = {
+    "train": "goodfit train FOLDER [key=value ...]", "demo": "goodfit demo [key=value ...]",
+    "resume": "goodfit resume RUN [workers=N]", "test": "goodfit test RUN", "audit": "goodfit audit FOLDER [key=value ...]",
+    "plan": "goodfit plan FOLDER [key=value ...]", "predict": "goodfit predict BUNDLE IMAGE... [table=true]",
+}  # fmt: skip
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0 done, 2 request, 3 data, 4 storage, 5 training, 130/143 stopped."""
+    words = list(sys.argv[1:] if words is None else words)
+    output = {"json": any(w.lstrip("-") in ("json", "json=true", "json=1") for w in words), "debug": False}
+    try:
+        if not words or words[0] in ("-h", "--help", "help") and len(words) == 1:
+            print(_overview())
+            return 0
+        if words[0] in ("--version", "version"):
+            print(__version__)
+            return 0
+        name = words[1] if words[0] == "help" else words[0]
+        if name not in COMMANDS:
+            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            raise RequestError(f"There is no command {name!r}.",
+                               next=f"goodfit {near[0]}" if near else "goodfit --help")  # fmt: skip
+        if words[0] == "help" or any(w in ("-h", "--help") for w in words[1:]):
+            print(_command_help(name))
+            return 0
+        places, asked = split_words(words[1:], extra=("run", "table"))
+        output = take_output_options(asked)
+        return _print(COMMANDS[name](places, asked), output["json"])
+    except GoodfitError as error:
+        return _fail(error, **output)
+    except KeyboardInterrupt:
+        return _fail(_interrupted(), **output)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:  # a bug of ours; say so in the same form
+        if output["debug"]:
+            raise
+        bug = GoodfitError(f"An error that goodfit did not foresee: {type(error).__name__}: {error}",
+                           kept="everything that was written before", next="run again with debug=true and report it")  # fmt: skip
+        return _fail(bug, **output)
+
+
+def _interrupted() -> GoodfitError:
+    from goodfit.core.errors import Stopped
+
+    return Stopped("Stopped at once.", kept="every checkpoint that was written", next="goodfit resume RUN, if a run began")
+
+
+def _print(answer: Answer, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps(answer.value, ensure_ascii=False))
+    else:
+        for line in answer.lines:
+            print(line)
+    sys.stdout.flush()
+    return 0
+
+
+def _fail(error: GoodfitError, *, json: bool, debug: bool) -> int:
+    import json as encoder
+
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    if json:
+        print(encoder.dumps(error.describe(), ensure_ascii=False), flush=True)
+    else:
+        print(f"goodfit: {error}", file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+def _finished(run: Any) -> Answer:
+    from goodfit.api.finish import commands, describe_test
+    from goodfit.core.safeio import read_json
+
+    value = run.result
+    bundle = read_json(run.bundle / "bundle.json")
+    again, python, use = commands(run)
+    lines = [
+        f"test      {describe_test(read_json(run.path / 'test.json'))}",
+        f"bundle    {run.bundle}  parity {bundle['parity']['max_difference']:.0e} on {bundle['parity']['num_files']} files",
+        f"report    {run.path / 'report.html'}",
+        f"again     {again}     python: {python}",
+        f"use       {use}",
+    ]
+    return Answer(value, lines)
+
+
+def _one(places: Words, asked: Asked, name: str) -> str | None:
+    """The single place of a command, given as a word or as name=."""
+    if len(places) > 1:
+        raise RequestError(f"One {name} is expected, but there are {len(places)}: {', '.join(places)}.",
+                           next="quote a path that has spaces")  # fmt: skip
+    named = asked.pop(name, None)
+    if places and named is not None:
+        raise RequestError(f"{name} is given twice: {places[0]} and {named}.")
+    return places[0] if places else named
+
+
+def _none(places: Words) -> None:
+    if places:
+        raise RequestError(f"The demo takes no folder: {places[0]}.", next=f"goodfit train {places[0]}")
+
+
+def _short(value: Any) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 28 else text[:27] + "…"
+
+
+def _overview() -> str:
+    rows = [f"  {name:<9} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        ["goodfit: from a labelled dataset to a tested, deployable model, by one command", "", *rows, "",
+         "  goodfit demo                 see a whole run", "  goodfit train FOLDER         train on your images",
+         "  goodfit train --help         every option", ""]
+    )  # fmt: skip
+
+
+def _command_help(name: str) -> str:
+    """Help from the schema itself, through argparse, which knows how to wrap and align it."""
+    parser = argparse.ArgumentParser(
+        prog=f"goodfit {name}", usage=USAGE[name], description=(COMMANDS[name].__doc__ or "").splitlines()[0],
+        add_help=False, allow_abbrev=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, 30, 110),
+        epilog="key=value, --key value and --key=value all work; what is not given is decided, with a reason.",
+    )  # fmt: skip
+    groups: dict[str, Any] = {}
+    if name in ("train", "demo", "plan", "audit"):
+        for field, option in options().items():
+            group = groups.get(option.group) or groups.setdefault(option.group, parser.add_argument_group(option.group))
+            text = option.help + (f" ({', '.join(option.choices)})" if option.choices else "")
+            text += f"; also {', '.join(option.aliases)}" if option.aliases else ""
+            group.add_argument(f"--{field.replace('_', '-')}", metavar="X", help=text.replace("%", "%%"))
+    output = parser.add_argument_group("Output")
+    for field, text in OUTPUT.items():
+        output.add_argument(f"--{field}", metavar="X", help=text)
+    return parser.format_help()

@@ -1,0 +1,63 @@
+"""What was found out before the plan: about the data, the machine and the model. Plain values, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataFacts:
+    """The accepted part of a dataset, after audit and split. Sizes are pixels, shares are fractions."""
+
+    format: str
+    format_reason: str
+    num_train: int
+    num_val: int
+    num_test: int
+    num_classes: int
+    smallest_class: int
+    largest_class: int
+    median_side: int  # median over images of the longer side
+    grey_share: float
+    given_splits: tuple[str, ...]
+    pixel_bytes_at: float  # bytes of one decoded training image per squared pixel of imgsz
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineFacts:
+    """The machine that will run the plan. Memory is bytes."""
+
+    device: str
+    device_reason: str
+    device_name: str
+    native_bf16: bool
+    num_cores: int
+    free_memory: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """A model of the catalogue and whether its pretrained weights can be had."""
+
+    name: str
+    num_parameters: int
+    native_imgsz: int
+    stride: int  # the input side must be a multiple of it; 1 if any side works
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    crop_share: float
+    weights: str  # hub name or file path; empty if there are none
+    weights_kind: str  # "hub", "file" or "none"
+    weights_problem: str  # why the weights cannot be had; empty if they can
+    licence: str
+    has_drop_path: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """All that `resolve` may look at."""
+
+    data: DataFacts
+    machine: MachineFacts
+    model: ModelFacts

@@ -1,0 +1,175 @@
+"""From words to a checked `TrainRequest`: all problems are reported together, each with the nearest valid name."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from goodfit.config.request import Option, TrainRequest, options, spellings
+from goodfit.config.yaml12 import read_yaml
+from goodfit.core.errors import RequestError
+
+_TRUE = ("true", "1", "yes", "on")
+_FALSE = ("false", "0", "no", "off")
+_DECIDE = ("auto", "none", "null", "")
+
+
+class BadValue(ValueError):
+    """One value that its option does not take; the text says what it takes."""
+
+
+def parse_request(asked: Mapping[str, Any], *, allowed: Sequence[str] | None = None) -> TrainRequest:
+    """Check what was asked and turn it into a request.
+
+    Args:
+        asked: Option names or aliases and their values, as text (command line) or plain types (Python, YAML).
+        allowed: Field names that the command takes; None allows all.
+
+    Raises:
+        RequestError: any name is unknown or any value is bad; every problem is listed, each on its own line.
+    """
+    problems: list[str] = []
+    values: dict[str, Any] = {}
+    names = spellings()
+    for key, value in asked.items():
+        spelling = str(key).replace("-", "_")
+        if spelling == "amp":
+            _ask_amp(values, value, problems)
+            continue
+        name = names.get(spelling)
+        if name is None or (allowed is not None and name not in allowed):
+            problems.append(unknown_option(spelling, names if allowed is None else allowed, known=name is not None))
+            continue
+        if name in values and name != "precision":
+            problems.append(f"{spelling}: given twice (an alias of {name})")
+            continue
+        try:
+            values[name] = coerce(name, options()[name], value)
+        except BadValue as error:
+            problems.append(f"{spelling}={value}: {error}")
+    if problems:
+        count = "One option" if len(problems) == 1 else f"{len(problems)} options"
+        raise RequestError(
+            f"{count} cannot be used:\n" + "\n".join(f"  {p}" for p in problems),
+            kept="nothing was started",
+            next="goodfit train --help lists every option",
+        )
+    return TrainRequest(**values)
+
+
+def read_request(words: Mapping[str, Any], *, allowed: Sequence[str] | None = None) -> TrainRequest:
+    """As parse_request, where `cfg` may name a YAML file of options; the other words win over the file."""
+    merged = dict(words)
+    cfg = merged.pop("cfg", None)
+    if cfg is not None:
+        names = spellings()
+        later = {names.get(str(key).replace("-", "_"), key) for key in merged}
+        merged = {k: v for k, v in read_yaml(Path(str(cfg))).items() if names.get(k, k) not in later} | merged
+    return parse_request(merged, allowed=allowed)
+
+
+def unknown_option(name: str, known_names: Sequence[str] | Mapping[str, str], *, known: bool = False) -> str:
+    """One line about a name that is not an option, with the nearest one that is."""
+    if known:
+        return f"{name}: this command does not take it"
+    near = difflib.get_close_matches(name, list(known_names), n=1, cutoff=0.6)
+    return f"{name}: no such option" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def coerce(name: str, option: Option, value: Any) -> Any:
+    """Turn one value into its field's type.
+
+    Raises:
+        BadValue: the value is of another type, not among the choices, or out of range.
+    """
+    if value is None or (isinstance(value, str) and value.strip().lower() in _DECIDE):
+        return None
+    if name == "batch" and str(value).strip() == "-1":
+        return None
+    if option.kind == "bool":
+        return _to_bool(value)
+    if option.kind in ("int", "float"):
+        return _to_number(option, value)
+    if option.kind == "choice":
+        return _to_choice(name, option, value)
+    if option.kind == "split":
+        return _to_split(value)
+    if option.kind == "pretrained" and (isinstance(value, bool) or str(value).lower() in ("true", "false")):
+        return str(value).lower()
+    if isinstance(value, Path | str | int | float) and not isinstance(value, bool):
+        return str(value)
+    raise BadValue("must be text")
+
+
+def _ask_amp(values: dict[str, Any], value: Any, problems: list[str]) -> None:
+    """`amp=false` asks for fp32; `amp=true` leaves bf16 or fp16 to the hardware, which is what the plan does anyway."""
+    try:
+        amp = _to_bool(value)
+    except BadValue as error:
+        problems.append(f"amp={value}: {error}")
+        return
+    if not amp:
+        if values.get("precision") not in (None, "fp32"):
+            problems.append(f"amp=false contradicts precision={values['precision']}")
+        values["precision"] = "fp32"
+
+
+def _to_bool(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    text = str(value).strip().lower()
+    if text in _TRUE:
+        return True
+    if text in _FALSE:
+        return False
+    raise BadValue("must be true or false")
+
+
+def _to_number(option: Option, value: Any) -> int | float:
+    whole = option.kind == "int"
+    wanted = "a whole number" if whole else "a number"
+    if isinstance(value, bool):
+        raise BadValue(f"must be {wanted}")
+    text = str(value).strip().replace("_", "")
+    scale = 1.0
+    if not whole and text.endswith("%"):
+        text, scale = text[:-1], 0.01
+    try:
+        number = float(text) * scale
+    except ValueError:
+        raise BadValue(f"must be {wanted}") from None
+    if not math.isfinite(number) or (whole and number != int(number)):
+        raise BadValue(f"must be {wanted}")
+    if option.low is not None and number < option.low:
+        raise BadValue(f"must be {wanted} of at least {option.low:g}")
+    if option.high is not None and number > option.high:
+        raise BadValue(f"must be {wanted} of at most {option.high:g}")
+    return int(number) if whole else number
+
+
+def _to_choice(name: str, option: Option, value: Any) -> str:
+    if isinstance(value, bool):  # cache=True means "keep them", cache=False "do not"
+        value = {"cache": {True: "ram", False: "off"}, "augment": {False: "off"}}.get(name, {}).get(value, value)
+    text = str(value).strip().lower()
+    text = {"cache": {"true": "ram", "false": "off"}, "augment": {"false": "off", "none": "off"}}.get(name, {}).get(
+        text, text
+    )
+    if text not in option.choices:
+        near = difflib.get_close_matches(text, option.choices, n=1, cutoff=0.6)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise BadValue(f"must be one of {', '.join(option.choices)}{hint}")
+    return text
+
+
+def _to_split(value: Any) -> str:
+    try:
+        shares = [float(part) for part in str(value).split("/")]
+    except ValueError:
+        shares = []
+    if len(shares) != 3 or not all(math.isfinite(s) and s > 0 for s in shares):
+        raise BadValue("must be three shares above zero, as 70/15/15")
+    total = sum(shares)
+    return "/".join(f"{100 * share / total:g}" for share in shares)

@@ -1,0 +1,131 @@
+"""`Plan`: every decision of a run, each with its value, its reason and where it came from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+from goodfit.core.errors import RequestError
+
+Source = Literal["asked", "rule", "measured"]
+T_co = TypeVar("T_co", covariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision(Generic[T_co]):
+    """One value of a run, why it was chosen, and whether a person asked for it, a rule gave it, or it was measured."""
+
+    value: T_co
+    reason: str
+    source: Source
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything that decides what a run computes. Nothing in running code is "auto"; the saved plan is what ran.
+
+    Lengths: epochs and warm-up in epochs; batch and micro-batch in samples; imgsz in pixels. Shares are fractions.
+    """
+
+    task: Decision[str]
+    format: Decision[str]
+    split: Decision[str]
+    split_seed: Decision[int]
+    fraction: Decision[float]
+    max_bad: Decision[float]
+    model: Decision[str]
+    pretrained: Decision[str]  # "false", "hub" or "file"; where from is in `weights`
+    weights: Decision[str]  # hub name, file path, or ""
+    imgsz: Decision[int]
+    preprocessing: Decision[dict[str, Any]]
+    epochs: Decision[int]
+    batch: Decision[int]
+    accumulate: Decision[int]
+    optimizer: Decision[str]
+    lr: Decision[float]
+    head_lr: Decision[float]
+    weight_decay: Decision[float]
+    momentum: Decision[float]
+    schedule: Decision[str]
+    warmup: Decision[float]
+    lrf: Decision[float]
+    clip: Decision[float]
+    label_smoothing: Decision[float]
+    dropout: Decision[float]
+    drop_path: Decision[float]
+    ema: Decision[bool]
+    patience: Decision[int]
+    min_delta: Decision[float]
+    monitor: Decision[str]
+    augment: Decision[str]
+    flip: Decision[float]
+    mixup: Decision[float]
+    cutmix: Decision[float]
+    precision: Decision[str]
+    channels_last: Decision[bool]
+    device: Decision[str]
+    threads: Decision[int]
+    cache: Decision[str]
+    workers: Decision[int]
+    seed: Decision[int]
+    deterministic: Decision[bool]
+    rehearse: Decision[bool]
+
+    def decisions(self) -> dict[str, Decision[Any]]:
+        """Every decision by name, in the order of the schema."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain values: {"decisions": {name: {"value", "source", "reason"}}}."""
+        return {
+            "decisions": {
+                name: {"value": d.value, "source": d.source, "reason": d.reason} for name, d in self.decisions().items()
+            }
+        }
+
+    @classmethod
+    def from_dict(cls, value: Any, *, where: str = "") -> Plan:
+        """The inverse of to_dict.
+
+        Raises:
+            RequestError: a decision is missing, unknown or of the wrong type.
+        """
+        table = value.get("decisions") if isinstance(value, dict) else None
+        if not isinstance(table, dict):
+            raise RequestError("This is not a plan: it has no decisions.", where=where)
+        expected = {f.name: str(f.type) for f in fields(cls)}
+        problems = [f"{name}: no such decision" for name in table if name not in expected]
+        problems += [f"{name}: missing" for name in expected if name not in table]
+        found = {}
+        for name, type_text in expected.items():
+            row = table.get(name)
+            if not isinstance(row, dict):
+                continue
+            kind = type_text.removeprefix("Decision[").removesuffix("]").split("[")[0]
+            kinds: dict[str, tuple[type, ...]] = {
+                "str": (str,), "int": (int,), "float": (float, int), "bool": (bool,), "dict": (dict,)
+            }  # fmt: skip
+            ok = isinstance(row.get("value"), kinds[kind]) and (kind == "bool" or not isinstance(row["value"], bool))
+            if not ok or row.get("source") not in ("asked", "rule", "measured"):
+                problems.append(f"{name}: must be a {kind} with a source")
+                continue
+            raw = float(row["value"]) if kind == "float" else row["value"]
+            found[name] = Decision(raw, str(row.get("reason", "")), row["source"])
+        if problems:
+            raise RequestError("The plan cannot be read:\n" + "\n".join(f"  {p}" for p in problems), where=where)
+        return cls(**found)
+
+
+def read_plan(path: Path) -> Plan:
+    """Read plan.json.
+
+    Raises:
+        RequestError: the file is missing, not JSON, or not a plan.
+    """
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise RequestError(f"Could not read the plan: {error}.", where=str(path), next="check plan=FILE") from error
+    return Plan.from_dict(value, where=str(path))

@@ -1,0 +1,127 @@
+"""`TrainRequest`: everything a person may ask of a run; the one schema of command line, Python and YAML.
+
+Every field defaults to None, "decide for me". The defaults themselves live in `resolve.py` and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+Kind = Literal["int", "float", "bool", "text", "choice", "pretrained", "split"]
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """How one field is written, checked and explained."""
+
+    kind: Kind
+    help: str
+    group: str
+    aliases: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    low: float | None = None
+    high: float | None = None
+
+
+def _ask(kind: Kind, group: str, help: str, **more: Any) -> Any:
+    return field(default=None, metadata={"option": Option(kind, help, group, **more)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainRequest:
+    """What a person asks of a run; None means "decide for me". Values are checked by `parse.parse_request`."""
+
+    data: str | None = _ask("text", "Basic", "folder of class folders (split or not), or a CSV list of images")
+    model: str | None = _ask("text", "Basic", "any timm model name", aliases=("arch",))
+    pretrained: str | None = _ask(
+        "pretrained", "Basic", "true, false, a timm weight name, or a .safetensors file", aliases=("weights",)
+    )
+    epochs: int | None = _ask("int", "Basic", "passes over the training split", aliases=("num_epochs",), low=1)
+    batch: int | None = _ask(
+        "int", "Basic", "samples per update; auto or -1 decides", aliases=("batch_size", "bs"), low=1
+    )
+    imgsz: int | None = _ask(
+        "int", "Basic", "side of the square model input, pixels", aliases=("img_size", "image_size"), low=8, high=4096
+    )
+    device: str | None = _ask("text", "Basic", "cpu, cuda, cuda:1, mps", aliases=("gpu",))
+    seed: int | None = _ask("int", "Basic", "seed of initialisation, order and augmentation", low=0, high=2**31 - 1)
+    project: str | None = _ask("text", "Basic", "folder that holds the runs")
+    name: str | None = _ask("text", "Basic", "name of the run's folder", aliases=("run_name",))
+    exist_ok: bool | None = _ask("bool", "Basic", "reuse the name of a run that exists: it is replaced")
+    plan: str | None = _ask("text", "Basic", "plan.json of an earlier run: decide as it did")
+
+    task: str | None = _ask("choice", "Data", "what is learned", choices=("classify",))
+    format: str | None = _ask("choice", "Data", "how the data is laid out", choices=("folders", "csv"))
+    image_column: str | None = _ask("text", "Data", "CSV column with the image paths")
+    label_column: str | None = _ask("text", "Data", "CSV column with the class names")
+    split_column: str | None = _ask("text", "Data", "CSV column with train, val or test")
+    group: str | None = _ask("text", "Data", "CSV column of groups that never straddle splits")
+    split: str | None = _ask("split", "Data", "shares of train/val/test where none are given, as 70/15/15")
+    split_seed: int | None = _ask("int", "Data", "seed of the split alone", low=0, high=2**31 - 1)
+    fraction: float | None = _ask("float", "Data", "share of the training split to use", low=0.0001, high=1.0)
+    max_bad: float | None = _ask("float", "Data", "share of unusable images that stops the run", low=0.0, high=1.0)
+    cache: str | None = _ask(
+        "choice", "Data", "keep decoded training images: ram or off", choices=("ram", "off")
+    )
+    workers: int | None = _ask("int", "Data", "loader processes; 0 loads in the main process",
+                               aliases=("num_workers",), low=0, high=256)  # fmt: skip
+
+    augment: str | None = _ask("choice", "Augmentation", "strength of the preset", choices=("off", "light", "standard"))
+    flip: float | None = _ask("float", "Augmentation", "probability of a mirrored image", aliases=("fliplr",), low=0.0,
+                              high=1.0)  # fmt: skip
+    mixup: float | None = _ask("float", "Augmentation", "alpha of mixup; 0 is off", low=0.0, high=10.0)
+    cutmix: float | None = _ask("float", "Augmentation", "alpha of cutmix; 0 is off", low=0.0, high=10.0)
+
+    optimizer: str | None = _ask(
+        "choice", "Optimisation", "adamw, adam or sgd", aliases=("opt",), choices=("adamw", "adam", "sgd")
+    )
+    lr: float | None = _ask(
+        "float", "Optimisation", "peak learning rate of the backbone", aliases=("lr0", "learning_rate"), low=0.0,
+        high=100.0)  # fmt: skip
+    head_lr: float | None = _ask("float", "Optimisation", "peak learning rate of the new head", low=0.0, high=100.0)
+    weight_decay: float | None = _ask("float", "Optimisation", "decoupled weight decay", low=0.0, high=10.0)
+    momentum: float | None = _ask("float", "Optimisation", "SGD momentum, or Adam's beta 1", low=0.0, high=0.9999)
+    schedule: str | None = _ask(
+        "choice", "Optimisation", "wsd: warm-up, stable, decay; cosine: warm-up, cosine",
+        aliases=("scheduler", "lr_scheduler"), choices=("wsd", "cosine"))  # fmt: skip
+    warmup: float | None = _ask("float", "Optimisation", "warm-up of the learning rate, epochs",
+                                aliases=("warmup_epochs",), low=0.0, high=1000.0)  # fmt: skip
+    lrf: float | None = _ask("float", "Optimisation", "last learning rate as a share of the peak", low=0.0, high=1.0)
+    accumulate: int | None = _ask(
+        "int", "Optimisation", "micro-batches per update",
+        aliases=("accumulate_grad_batches", "gradient_accumulation_steps"), low=1, high=1024)  # fmt: skip
+    clip: float | None = _ask("float", "Optimisation", "largest gradient norm; 0 is off",
+                              aliases=("gradient_clip_val", "max_grad_norm"), low=0.0)  # fmt: skip
+    label_smoothing: float | None = _ask("float", "Optimisation", "label smoothing", low=0.0, high=0.9)
+    dropout: float | None = _ask("float", "Optimisation", "dropout before the head", low=0.0, high=0.95)
+    drop_path: float | None = _ask("float", "Optimisation", "stochastic depth", low=0.0, high=0.95)
+    ema: bool | None = _ask("bool", "Optimisation", "average the weights over the last steps")
+    patience: int | None = _ask("int", "Optimisation", "epochs without improvement before cooling down; 0 is off",
+                                low=0)  # fmt: skip
+    min_delta: float | None = _ask("float", "Optimisation", "relative gain that counts as improvement", low=0.0,
+                                   high=1.0)  # fmt: skip
+    monitor: str | None = _ask(
+        "choice", "Optimisation", "validation figure to watch", choices=("accuracy", "macro_f1", "loss")
+    )
+
+    precision: str | None = _ask("choice", "Hardware", "arithmetic of the forward pass; also amp=true|false",
+                                 choices=("fp32", "bf16", "fp16"))  # fmt: skip
+    channels_last: bool | None = _ask("bool", "Hardware", "memory format of images and convolutions")
+    threads: int | None = _ask("int", "Hardware", "processor threads of the model", low=1, high=1024)
+    deterministic: bool | None = _ask("bool", "Hardware", "only deterministic algorithms, also on a GPU")
+    rehearse: bool | None = _ask("bool", "Hardware", "check that the model learns before the long run")
+
+
+def options() -> dict[str, Option]:
+    """Every field's name and how it is written, in the order of the schema."""
+    return {f.name: f.metadata["option"] for f in fields(TrainRequest)}
+
+
+def spellings() -> dict[str, str]:
+    """Every accepted spelling of every field, mapped to the field's name."""
+    table = {}
+    for name, option in options().items():
+        for spelling in (name, *option.aliases):
+            table[spelling] = name
+    return table

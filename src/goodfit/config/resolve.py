@@ -1,0 +1,323 @@
+"""From what was asked and what is known to a plan: pure functions, and the only home of default values.
+
+Where nothing is measured the defaults are the guides': AdamW at 1e-3, batch 64, weight decay 0.01, 300 epochs with
+patience 50, split 70/15/15. Each deviation carries its reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from goodfit.config.facts import DataFacts, Facts, MachineFacts, ModelFacts
+from goodfit.config.plan import Decision, Plan
+from goodfit.config.request import TrainRequest
+from goodfit.core.errors import RequestError
+
+T = TypeVar("T")
+
+SMALL_SIDE = 64  # pixels: below this, pictures share little with the photos that weights were trained on
+BATCH = 64
+MIN_BATCH = 16
+MIN_STEPS_PER_EPOCH = 20
+LR = {"adamw": 1e-3, "adam": 1e-3, "sgd": 0.05}  # at batch 64
+MODEL_FOR_SMALL_PICTURES = "resnet10t"
+MODEL_FOR_PHOTOS = "resnet18.a1_in1k"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataPlan:
+    """The decisions that audit and split need before the rest of the plan can be made."""
+
+    split: Decision[str]
+    split_seed: Decision[int]
+    fraction: Decision[float]
+    max_bad: Decision[float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelPlan:
+    """The decisions that say which network to look up before the rest of the plan can be made."""
+
+    model: Decision[str]
+    pretrained: Decision[str]  # "true", "false", a weight name or a file
+
+
+class _Chooser:
+    """Asked wins; then the earlier plan, if one was given; then the rule."""
+
+    def __init__(self, request: TrainRequest, base: Plan | None) -> None:
+        self.request = request
+        self.base = base
+
+    def __call__(self, name: str, rule: T | Callable[[], T], reason: str) -> Decision[T]:
+        asked = getattr(self.request, name)
+        if asked is not None:
+            return Decision(asked, "asked for", "asked")
+        if self.base is not None:
+            return getattr(self.base, name)  # type: ignore[no-any-return]
+        return Decision(rule() if callable(rule) else rule, reason, "rule")
+
+
+def resolve_data(request: TrainRequest, base: Plan | None = None) -> DataPlan:
+    """Decide what audit and split need."""
+    choose = _Chooser(request, base)
+    return DataPlan(
+        split=choose("split", "70/15/15", "the usual shares of train/val/test"),
+        split_seed=choose("split_seed", 0, "apart from seed, so that runs share one test split"),
+        fraction=choose("fraction", 1.0, "the whole training split"),
+        max_bad=choose("max_bad", 0.01, "more than 1 % unusable images means that the data needs a person"),
+    )
+
+
+def resolve_model(request: TrainRequest, data: DataFacts, base: Plan | None = None) -> ModelPlan:
+    """Decide which network to look up, before anything is known about it.
+
+    A weight file without `model` is left to the caller, who can look into the file: the model is then "".
+    """
+    choose = _Chooser(request, base)
+    small = data.median_side <= SMALL_SIDE
+    weight_file = request.model is None and (request.pretrained or "").endswith(".safetensors")
+    if weight_file:
+        model = Decision("", "found by the tensors of the weight file", "rule")
+    elif small:
+        model = choose("model", MODEL_FOR_SMALL_PICTURES,
+                       f"pictures of {data.median_side} px need no larger network")  # fmt: skip
+    else:
+        model = choose("model", MODEL_FOR_PHOTOS, "photos: a small residual network with good weights to start from")
+    if base is not None and request.pretrained is None:
+        pretrained = Decision(base.weights.value or "false", base.pretrained.reason, base.pretrained.source)
+    elif small:
+        pretrained = choose("pretrained", "false",
+                            f"pictures of {data.median_side} px share little with ImageNet photos")  # fmt: skip
+    else:
+        pretrained = choose("pretrained", "true", f"{data.num_train:,} photos, close to ImageNet")
+    return ModelPlan(model=model, pretrained=pretrained)
+
+
+def resolve(request: TrainRequest, facts: Facts, base: Plan | None = None) -> Plan:
+    """Decide everything.
+
+    Args:
+        request: What was asked.
+        facts: What is known about data, machine and model.
+        base: An earlier plan to follow where nothing is asked.
+
+    Raises:
+        RequestError: asked values contradict each other or the facts.
+    """
+    choose = _Chooser(request, base)
+    data, machine, model = facts.data, facts.machine, facts.model
+    pretrained = model.weights_kind != "none"
+    imgsz = _image_size(choose, data, machine, model, pretrained)
+    batch = choose("batch", lambda: _batch(data.num_train), _batch_reason(data.num_train))
+    accumulate = choose("accumulate", 1, "the batch fits at once")
+    _check_batch(batch, accumulate, data)
+    optimizer = choose("optimizer", "adamw", "steady over learning rates, the usual choice for fine-tuning")
+    lr, head_lr = _learning_rates(choose, optimizer.value, batch.value, pretrained)
+    epochs = choose("epochs", 300, "a budget: early stopping ends the run when it stops improving")
+    return Plan(
+        **_data_decisions(request, data, base),
+        **_model_decisions(request, facts, base),
+        imgsz=imgsz,
+        preprocessing=Decision(
+            {
+                "size": imgsz.value,
+                "resize": max(imgsz.value, round(imgsz.value / model.crop_share)) if pretrained else imgsz.value,
+                "interpolation": model.interpolation,
+                "mean": list(model.mean),
+                "std": list(model.std),
+            },
+            "as the weights were trained" if pretrained else "the whole picture, ImageNet statistics",
+            "rule",
+        ),
+        epochs=epochs,
+        batch=batch,
+        accumulate=accumulate,
+        optimizer=optimizer,
+        lr=lr,
+        head_lr=head_lr,
+        weight_decay=choose(
+            "weight_decay", 0.01 if optimizer.value == "adamw" else 1e-4, "the guides' default; none on norms and biases"
+        ),
+        momentum=choose("momentum", 0.9, "the usual value"),
+        schedule=choose("schedule", "wsd", "warm-up, stable, decay over the last fifth: can be extended and cooled down"),
+        warmup=choose("warmup", lambda: _warmup(epochs.value), "5 % of the epochs, at most 5"),
+        lrf=choose("lrf", 0.0, "decay to zero"),
+        clip=choose("clip", 1.0, "a guard against rare large gradients"),
+        **_regularisation(choose, data, model, pretrained),
+        patience=choose("patience", 50, "the guides' default; warm-up is not counted"),
+        min_delta=choose("min_delta", 0.001, "the guides' default, relative"),
+        monitor=choose("monitor", "accuracy", "what the test will report; ties are broken by the loss"),
+        **_execution(choose, facts, imgsz.value),
+        seed=choose("seed", 0, "fixed, so that the run can be repeated"),
+        deterministic=choose("deterministic", False, "the CPU repeats itself anyway; on a GPU it costs speed"),
+        rehearse=choose("rehearse", True, "a minute now against a night lost"),
+    )
+
+
+def _data_decisions(request: TrainRequest, data: DataFacts, base: Plan | None) -> dict[str, Any]:
+    plan = resolve_data(request, base)
+    split = plan.split
+    if data.given_splits:
+        made = [s for s in ("val", "test") if s not in data.given_splits]
+        reason = f"{', '.join(data.given_splits)} as given"
+        if made:
+            reason += f"; {' and '.join(made)} cut from train, stratified"
+        split = Decision(split.value, reason, split.source)
+    choose = _Chooser(request, base)
+    return {
+        "task": choose("task", "classify", "images with one class each"),
+        "format": choose("format", data.format, data.format_reason),
+        "split": split,
+        "split_seed": plan.split_seed,
+        "fraction": plan.fraction,
+        "max_bad": plan.max_bad,
+    }
+
+
+def _model_decisions(request: TrainRequest, facts: Facts, base: Plan | None) -> dict[str, Any]:
+    model = facts.model
+    plan = resolve_model(request, facts.data, base)
+    name = Decision(model.name, plan.model.reason, plan.model.source)
+    if model.weights_kind == "none":
+        reason, source = plan.pretrained.reason, plan.pretrained.source
+        if plan.pretrained.value != "false":
+            reason = (
+                f"from scratch, because {model.weights_problem}; photos learn far better from pretrained weights: "
+                "pass pretrained=FILE.safetensors"
+            )
+            source = "measured"
+        return {"model": name, "pretrained": Decision("false", reason, source), "weights": Decision("", "none", "rule")}
+    kind = Decision(model.weights_kind, plan.pretrained.reason, plan.pretrained.source)
+    return {"model": name, "pretrained": kind, "weights": Decision(model.weights, f"licence: {model.licence}", "rule")}
+
+
+def _image_size(
+    choose: _Chooser, data: DataFacts, machine: MachineFacts, model: ModelFacts, pretrained: bool
+) -> Decision[int]:
+    if data.median_side <= SMALL_SIDE:
+        size, reason = max(32, math.ceil(data.median_side / 32) * 32), f"pictures of {data.median_side} px, up to a multiple of 32"
+    elif machine.device == "cpu":
+        size, reason = min(160, model.native_imgsz), "a CPU: half the cost of 224 for a point or two"
+    else:
+        size, reason = model.native_imgsz, "the size the weights were trained at" if pretrained else "the model's own size"
+    decision = choose("imgsz", size, reason)
+    rounded = max(model.stride, round(decision.value / model.stride) * model.stride)
+    if rounded != decision.value:
+        return Decision(rounded, f"{decision.value} {decision.reason}; {model.name} takes multiples of {model.stride}",
+                        decision.source)  # fmt: skip
+    return decision
+
+
+def _batch(num_train: int) -> int:
+    """64, or less where an epoch would have fewer than 20 updates; a power of two, at least 16."""
+    size = BATCH
+    while size > MIN_BATCH and num_train // size < MIN_STEPS_PER_EPOCH:
+        size //= 2
+    return min(size, num_train)
+
+
+def _batch_reason(num_train: int) -> str:
+    size = _batch(num_train)
+    if size == BATCH:
+        return "the guides' default"
+    return f"{num_train:,} training images: {num_train // size} updates an epoch rather than {num_train // BATCH} at 64"
+
+
+def _check_batch(batch: Decision[int], accumulate: Decision[int], data: DataFacts) -> None:
+    if accumulate.value > batch.value:
+        raise RequestError(f"accumulate={accumulate.value} needs a batch of at least as many samples, not {batch.value}.",
+                           next="lower accumulate or raise batch")  # fmt: skip
+    if batch.value > data.num_train:
+        raise RequestError(
+            f"batch={batch.value} is larger than the training split of {data.num_train} images.",
+            next=f"use batch={data.num_train} or less",
+        )
+
+
+def _learning_rates(
+    choose: _Chooser, optimizer: str, batch: int, pretrained: bool
+) -> tuple[Decision[float], Decision[float]]:
+    base = LR[optimizer]
+    ratio = batch / BATCH
+    factor, rule = (ratio, "linear") if optimizer == "sgd" else (math.sqrt(ratio), "square-root")
+    scaled = f"{base:g} at batch 64, {rule} rule" if batch != BATCH else f"{base:g}, the guides' default"
+    peak = _three_digits(base * factor)
+    if not pretrained:
+        lr = choose("lr", peak, scaled)
+        return lr, choose("head_lr", lr.value, "as the rest: nothing is pretrained")
+    lr = choose("lr", _three_digits(peak * 0.5), f"half of {scaled}: the backbone is pretrained")
+    return lr, choose("head_lr", max(lr.value, _three_digits(2 * lr.value)), "twice the backbone's: the head is new")
+
+
+def _three_digits(value: float) -> float:
+    return float(f"{value:.3g}")
+
+
+def _warmup(epochs: int) -> float:
+    return min(5.0, round(0.05 * epochs, 2))
+
+
+def _regularisation(choose: _Chooser, data: DataFacts, model: ModelFacts, pretrained: bool) -> dict[str, Any]:
+    small = data.median_side <= SMALL_SIDE
+    augment = choose(
+        "augment",
+        "light" if small else "standard",
+        f"pictures of {data.median_side} px: shift and zoom a little" if small else "photos: crop, zoom and colour",
+    )
+    if augment.value == "off":
+        flip = choose("flip", 0.0, "augmentation is off")
+    elif data.grey_share > 0.5:
+        flip = choose("flip", 0.0, "grey pictures: may be characters or scans, where a mirror image means something else")
+    else:
+        flip = choose("flip", 0.5, "photos mean the same mirrored")
+    drop_path = choose("drop_path", 0.0, "short training needs none")
+    if drop_path.value > 0 and not model.has_drop_path:
+        raise RequestError(f"{model.name} has no stochastic depth, so drop_path={drop_path.value:g} cannot be used.",
+                           next="leave drop_path out, or use dropout=")  # fmt: skip
+    return {
+        "label_smoothing": choose("label_smoothing", 0.1 if pretrained else 0.0,
+                                  "keeps fine-tuning from overconfidence" if pretrained else "none needed from scratch"),
+        "dropout": choose("dropout", 0.2 if pretrained else 0.0,
+                          "before the new head" if pretrained else "a small network from scratch needs none"),
+        "drop_path": drop_path,
+        "ema": choose("ema", True, "the average of the last steps validates better than the last step"),
+        "augment": augment,
+        "flip": flip,
+        "mixup": choose("mixup", 0.0, "helps only long training"),
+        "cutmix": choose("cutmix", 0.0, "helps only long training"),
+    }  # fmt: skip
+
+
+def _execution(choose: _Chooser, facts: Facts, imgsz: int) -> dict[str, Any]:
+    machine = facts.machine
+    if machine.device == "cuda":
+        precision = ("bf16", "this GPU has it") if machine.native_bf16 else ("fp16", "this GPU has no bf16")
+    elif machine.device == "cpu" and machine.native_bf16:
+        precision = ("bf16", "this CPU has bf16 instructions: twice the convolution speed of fp32")
+    else:
+        precision = ("fp32", "no fast half precision on this device")
+    cache_bytes = facts.data.num_train * facts.data.pixel_bytes_at * imgsz**2
+    fits = cache_bytes <= 0.25 * machine.free_memory
+    cache = choose("cache", "ram" if fits else "off",
+                   f"{cache_bytes / 1e6:,.0f} MB decoded, {machine.free_memory / 1e9:.1f} GB free")  # fmt: skip
+    workers = min(8, max(1, machine.num_cores - 1))
+    accelerator = machine.device != "cpu"
+    return {
+        "precision": choose("precision", *precision),
+        "channels_last": choose("channels_last", machine.device != "mps",
+                                "faster convolutions" if machine.device != "mps" else "slower on this device"),
+        "device": Decision(machine.device, machine.device_reason, "asked" if choose.request.device else "rule"),
+        "threads": choose("threads", machine.num_cores, f"{machine.num_cores} cores"),
+        "cache": cache,
+        "workers": choose(
+            "workers",
+            workers if accelerator or cache.value == "off" else 0,
+            "loads beside the model" if accelerator or cache.value == "off" else "the cache makes them needless",
+        ),
+    }  # fmt: skip
+
+

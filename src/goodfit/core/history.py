@@ -1,0 +1,57 @@
+"""What the events of a run add up to: the rows of metrics.csv, the rate, the seconds of each stage."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from goodfit.core.journal import Event
+
+
+def metrics_rows(epochs: Sequence[Event]) -> list[dict[str, Any]]:
+    """The rows of metrics.csv: one per epoch and segment, the last record of each, in order."""
+    table: dict[tuple[int, int], dict[str, Any]] = {}
+    for event in epochs:
+        key = (event["segment"], event["epoch"])
+        table[key] = {
+            "segment": event["segment"],
+            "epoch": event["epoch"] + 1,
+            "step": event["step"],
+            "lr": event["lr"],
+            "train/loss": event["train_loss"],
+            **{f"val/{name}": value for name, value in event["val"].items()},
+            "samples_per_second": round(event["samples_per_second"], 2),
+            "train_seconds": round(event["train_seconds"], 3),
+            "data_seconds": round(event["data_seconds"], 3),
+        }
+    return [table[key] for key in sorted(table)]
+
+
+def metrics_csv(epochs: Sequence[Event]) -> str:
+    """The text of metrics.csv."""
+    rows = metrics_rows(epochs)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else ["segment", "epoch", "step"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def training_rate(events: Sequence[Event]) -> float:
+    """Samples per second of the training part, data wait included: the median over epochs after the first."""
+    rates = [e["samples_per_second"] for e in events if e["event"] == "epoch" and e["samples_per_second"] > 0]
+    if not rates:
+        return 0.0
+    return float(statistics.median(rates[1:] or rates))
+
+
+def stage_seconds(events: Sequence[Event]) -> dict[str, float]:
+    """Seconds of each finished stage, summed over resumes, in the order of the first time."""
+    seconds: dict[str, float] = {}
+    for event in events:
+        if event["event"] == "stage" and "seconds" in event:
+            seconds[event["name"]] = round(seconds.get(event["name"], 0.0) + event["seconds"], 3)
+    return seconds

@@ -1,0 +1,120 @@
+"""The one record of a run: `events.jsonl`, one JSON object a line, appended and never rewritten.
+
+Events go one way. The engine and the stages emit; watchers (the terminal, plots, the report) read. A listener that
+fails is dropped with one warning: it can neither change nor slow the run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+Event = dict[str, Any]
+Listener = Callable[[Event], None]
+
+logger = logging.getLogger("goodfit")
+
+
+class Journal:
+    """Appends events to a run's `events.jsonl` and hands each to the listeners.
+
+    One event is one `write` of one line, so a kill can tear only the last line, which readers skip.
+    """
+
+    def __init__(self, path: Path | None, listeners: tuple[Listener, ...] = ()) -> None:
+        self._listeners = list(listeners)
+        self._descriptor: int | None = None
+        self._waiting: list[bytes] = []
+        self.segment = 0
+        self.step = 0
+        if path is not None:
+            self.open(path)
+
+    def open(self, path: Path) -> None:
+        """Start writing to a file; events emitted before it are written first."""
+        torn = False
+        if path.exists() and path.stat().st_size > 0:
+            with open(path, "rb") as handle:
+                handle.seek(-1, os.SEEK_END)
+                torn = handle.read(1) != b"\n"
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        if torn:  # a kill cut the last line: end it, so that the next event starts on its own
+            os.write(self._descriptor, b"\n")
+        for line in self._waiting:
+            os.write(self._descriptor, line)
+        self._waiting.clear()
+
+    def listen(self, listener: Listener) -> None:
+        """Hand every later event to one more listener."""
+        self._listeners.append(listener)
+
+    def emit(self, event: str, **fields: Any) -> None:
+        """Record one event. Floats that are not finite are written as text ("nan", "inf"), so that lines stay JSON."""
+        record = {"event": event, "time": round(time.time(), 3), "segment": self.segment, "step": self.step}
+        record.update(_finite(fields))
+        line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "surrogateescape")
+        if self._descriptor is None:
+            self._waiting.append(line)
+        else:
+            os.write(self._descriptor, line)
+        for listener in list(self._listeners):
+            try:
+                listener(dict(record))
+            except Exception as error:  # a watcher never ends a run
+                self._listeners.remove(listener)
+                logger.warning("a watcher failed and was switched off: %s: %s", type(error).__name__, error)
+
+    def close(self) -> None:
+        """Close the file; emitting afterwards is an error of the caller."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value
+
+
+def read_lines(path: Path) -> Iterator[Event]:
+    """All whole events of a file, in order of writing; a torn line is skipped."""
+    if not path.exists():
+        return
+    with open(path, "rb") as handle:
+        for line in handle:
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(event, dict) and "event" in event:
+                yield event
+
+
+def read_events(path: Path) -> list[Event]:
+    """The history that counts: after a resume from step N, what the lost attempt recorded beyond N is left out.
+
+    A resume is an event `run` with `resumed_from = {"segment": S, "step": N}`.
+    """
+    events: list[Event] = []
+    for event in read_lines(path):
+        origin = event.get("resumed_from")
+        if event["event"] == "run" and isinstance(origin, dict):
+            mark = (origin["segment"], origin["step"])
+            events = [e for e in events if e["event"] in ("run", "stage", "decision", "finding") or _at(e) <= mark]
+        events.append(event)
+    return events
+
+
+def _at(event: Event) -> tuple[int, int]:
+    return int(event.get("segment", 0)), int(event.get("step", 0))

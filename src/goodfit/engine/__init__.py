@@ -1,0 +1,1 @@
+"""How a model learns: the step, the loop, evaluation and checkpoints. Knows tasks only by their five methods."""

@@ -1,0 +1,220 @@
+"""Checkpoints: a directory each, complete or absent, found by their manifests and never by a pointer."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from goodfit.core.errors import StorageError
+from goodfit.core.safeio import commit_directory, read_json, remove_temporaries, verify_directory, write_json
+from goodfit.engine.optimizer import load_optimizer_tensors, optimizer_tensors
+from goodfit.engine.state import Progress, TrainState
+
+SCHEMA = 1
+KEEP = 2  # newest checkpoints kept, beside the best and the pinned ones
+SAVE_SHARE = 0.05  # of the time, for saves that nothing forces
+SAVE_SECONDS = 300.0  # between two checkpoints inside a long epoch
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A state at one step, copied out of the running model, so that training can go on while it is written or kept."""
+
+    files: dict[str, Tensors]  # by file name: model, ema, optimizer, scaler
+    progress: dict[str, Any]
+    pinned: bool = False
+
+    @property
+    def name(self) -> str:
+        """The directory's name: the step, and the segment where it is not the first."""
+        segment = self.progress["segment"]
+        return f"step-{self.progress['step']:08d}" + (f"-segment-{segment}" if segment else "")
+
+
+def take_snapshot(state: TrainState, *, pinned: bool = False) -> Snapshot:
+    """Copy a state to host memory."""
+    files = {"model": _copy(state.model.state_dict()), "optimizer": _copy(optimizer_tensors(state.optimizer))}
+    if state.ema is not None:
+        files["ema"] = _copy(state.ema.model.state_dict())
+    if state.loss_scale.active:
+        files["scaler"] = _copy({"value": state.loss_scale.value, "good_steps": state.loss_scale.good_steps})
+    return Snapshot(files, state.progress.to_dict(), pinned)
+
+
+def _copy(tensors: Tensors) -> Tensors:
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def restore(state: TrainState, snapshot: Snapshot) -> None:
+    """Put a snapshot back into a state of the same plan."""
+    state.model.load_state_dict(snapshot.files["model"])
+    load_optimizer_tensors(state.optimizer, snapshot.files["optimizer"])
+    if state.ema is not None:
+        state.ema.model.load_state_dict(snapshot.files["ema"])
+    if state.loss_scale.active:
+        state.loss_scale.value.copy_(snapshot.files["scaler"]["value"])
+        state.loss_scale.good_steps.copy_(snapshot.files["scaler"]["good_steps"])
+    state.progress = Progress.from_dict(snapshot.progress)
+
+
+def tensors_sha256(files: dict[str, Tensors]) -> str:
+    """SHA-256 over all tensors, sorted by name: name, dtype, shape and bytes."""
+    digest = hashlib.sha256()
+    rows = sorted((f"{file}.{name}" if file else name, t) for file, ts in files.items() for name, t in ts.items())
+    for name, tensor in rows:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Checkpoints:
+    """The `checkpoints/` folder of a run.
+
+    Args:
+        folder: Created if it is missing.
+        facts: Hashes of plan and data, kept in every manifest and compared when loading.
+    """
+
+    def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
+        self.folder = folder
+        self.facts = facts
+        self.damaged: list[str] = []
+        self._last_save = time.monotonic()
+        self._cost = 0.0
+        self._best_waiting: Snapshot | None = None
+        folder.mkdir(parents=True, exist_ok=True)
+        self.removed = remove_temporaries(folder)
+
+    def is_due(self) -> bool:
+        """Whether saving now keeps its share of the time under 5 %."""
+        return time.monotonic() - self._last_save >= self._cost / SAVE_SHARE
+
+    def is_overdue(self) -> bool:
+        """Whether an epoch has gone on for five minutes without a checkpoint."""
+        return time.monotonic() - self._last_save >= max(SAVE_SECONDS, self._cost / SAVE_SHARE)
+
+    def hold_best(self, snapshot: Snapshot) -> None:
+        """Keep the best state so far in memory; it is written before the next checkpoint that refers to it."""
+        self._best_waiting = snapshot
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Write a snapshot, the best one before it if that is still waiting, and prune old ones.
+
+        Raises:
+            StorageError: the disk is full, read-only or denies permission; earlier checkpoints are untouched.
+        """
+        start = time.monotonic()
+        if self._best_waiting is not None and self._best_waiting.name != snapshot.name:
+            self._write(self._best_waiting)
+        self._best_waiting = None
+        path = self._write(snapshot)
+        self._point("last", path)
+        best = snapshot.progress["best"]
+        if best is not None:
+            self._point("best", self.folder / self._name_of(best))
+        self._prune(snapshot)
+        self._cost = time.monotonic() - start
+        self._last_save = time.monotonic()
+
+    def latest(self) -> Snapshot | None:
+        """The newest valid checkpoint; damaged ones are named in `damaged` and passed over."""
+        for path in sorted(self._directories(), key=_order, reverse=True):
+            try:
+                return self.load(path.name)
+            except StorageError as error:
+                self.damaged.append(f"{error.where or path}: {error.message}")
+        return None
+
+    def load(self, name: str) -> Snapshot:
+        """Read one checkpoint.
+
+        Raises:
+            StorageError: it is missing, damaged, of another schema, or belongs to another plan or dataset.
+        """
+        path = self.folder / name
+        manifest = verify_directory(path)
+        for key, value in {"schema": SCHEMA, **self.facts}.items():
+            if manifest.get(key) != value:
+                raise StorageError(f"The checkpoint belongs to another run: its {key} differs.", where=str(path))
+        written = read_json(path / "state.json")
+        files = {p.stem: load_file(str(p)) for p in sorted(path.glob("*.safetensors"))}
+        return Snapshot(files, written["progress"], bool(written["pinned"]))
+
+    def load_best(self, progress: Progress) -> Snapshot:
+        """The best state so far, from memory or from the disk; raises as load."""
+        assert progress.best is not None
+        name = self._name_of(progress.best)
+        if self._best_waiting is not None and self._best_waiting.name == name:
+            return self._best_waiting
+        return self.load(name)
+
+    def _name_of(self, best: dict[str, Any]) -> str:
+        return Snapshot({}, best).name
+
+    def _write(self, snapshot: Snapshot) -> Path:
+        path = self.folder / snapshot.name
+
+        def fill(folder: Path) -> None:
+            for name, tensors in snapshot.files.items():
+                save_file(tensors, str(folder / f"{name}.safetensors"))
+            write_json(folder / "state.json", {"progress": snapshot.progress, "pinned": snapshot.pinned,
+                                               "versions": versions()})  # fmt: skip
+
+        commit_directory(path, fill, {"schema": SCHEMA, **self.facts})
+        return path
+
+    def _point(self, name: str, target: Path) -> None:
+        """`best` and `last` are links for people; nothing here reads them."""
+        temporary = self.folder / f".tmp-{name}"
+        with contextlib.suppress(OSError):  # a file system without links
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(target.name)
+            os.replace(temporary, self.folder / name)
+
+    def _prune(self, newest: Snapshot) -> None:
+        best = newest.progress["best"]
+        needed = {newest.name} | ({self._name_of(best)} if best else set())
+        loose = [p for p in sorted(self._directories(), key=_order) if p.name not in needed and not _is_pinned(p)]
+        for path in loose[: max(0, len(loose) - (KEEP - 1))]:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _directories(self) -> list[Path]:
+        return [p for p in self.folder.glob("step-*") if p.is_dir() and not p.is_symlink()]
+
+
+def _order(path: Path) -> tuple[int, int]:
+    """(segment, step) from a directory's name; what is named otherwise sorts first."""
+    words = path.name.split("-")
+    try:
+        return (int(words[3]) if len(words) > 3 else 0, int(words[1]))
+    except ValueError:
+        return (-1, -1)
+
+
+def _is_pinned(path: Path) -> bool:
+    try:
+        return bool(read_json(path / "state.json")["pinned"])
+    except (StorageError, KeyError, TypeError):
+        return False
+
+
+def versions() -> dict[str, str]:
+    """Versions that an exact resume depends on."""
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": str(torch.get_num_threads()),
+    }

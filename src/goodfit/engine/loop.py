@@ -1,0 +1,272 @@
+"""`fit`: steps, validation, early stopping, segments and checkpoints, in the order in which they happen."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from goodfit.core.errors import OutOfMemory, Stopped, TrainingError
+from goodfit.core.journal import Journal
+from goodfit.engine.checkpoint import Checkpoints, restore, take_snapshot
+from goodfit.engine.contracts import EvaluationData, TrainingData
+from goodfit.engine.evaluate import evaluate
+from goodfit.engine.state import TrainState, copy_buffers, restore_buffers
+from goodfit.engine.step import StepContext, StepRecord, train_step
+from goodfit.engine.stop import StopFlag
+
+MAX_BAD_STEPS = 20  # masked steps in a row that end the run
+COOL_DOWN_SHARE = 0.2  # of the steps done, when patience ends the stable rate
+EVENT_SECONDS = 0.5  # between two step events
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitSettings:
+    """What may stop or change training. `patience` is in validations, 0 is off; `min_delta` is relative."""
+
+    patience: int
+    min_delta: float
+    monitor: str
+    maximise: bool
+
+
+def fit(
+    state: TrainState, context: StepContext, train: TrainingData, val: EvaluationData, *, settings: FitSettings,
+    checkpoints: Checkpoints, journal: Journal, stop: StopFlag,
+) -> None:  # fmt: skip
+    """Train until the schedule ends or patience has cooled the run down, and leave the best state on disk.
+
+    Can be entered from any checkpoint: everything that matters is in `state`.
+
+    Raises:
+        Stopped: a signal asked for it; a checkpoint was written.
+        TrainingError: 20 updates in a row were not finite.
+        OutOfMemory: one sample at a time does not fit.
+        StorageError: a checkpoint could not be written.
+    """
+    epoch = _Epoch(state, journal)
+    while not state.progress.finished:
+        progress = state.progress
+        groups = train.groups(progress.epoch, progress.position, progress.num_micro)
+        out_of_memory = False
+        epoch.start()
+        while not out_of_memory and (group := next(groups, None)) is not None:
+            epoch.loaded()
+            if progress.step == progress.schedule.stable_until and progress.step > 0:
+                epoch.drain()
+                checkpoints.save(take_snapshot(state, pinned=True))  # extensions and cool-downs start here
+            buffers = copy_buffers(state.model)
+            try:
+                record = train_step(state, context, group, progress.schedule.factor(progress.step), buffers)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                del group
+                restore_buffers(state.model, buffers)
+                _halve_micro_batch(state, train, journal, context)
+                out_of_memory = True
+                continue
+            progress.position += train.batch
+            epoch.add(record)
+            if context.ranks.any(stop()):
+                _save_and_stop(state, checkpoints, epoch, stop)
+            if context.ranks.any(checkpoints.is_overdue()):
+                epoch.drain()
+                checkpoints.save(take_snapshot(state))
+        if out_of_memory:
+            continue  # the same batch again, in smaller parts
+        epoch.drain()
+        seconds = epoch.finish(context)
+        meter = evaluate(state.evaluated, val, task=context.task, transform=context.transform, device=context.device,
+                         ranks=context.ranks, stop=stop)  # fmt: skip
+        if meter is None:
+            _save_and_stop(state, checkpoints, epoch, stop)
+            continue
+        _close_epoch(state, meter.compute(), seconds, settings=settings, checkpoints=checkpoints, journal=journal,
+                     train=train)  # fmt: skip
+        if not state.progress.finished and context.ranks.any(stop()):
+            _save_and_stop(state, checkpoints, epoch, stop)
+
+
+def _close_epoch(
+    state: TrainState, metrics: dict[str, float], seconds: dict[str, float], *, settings: FitSettings,
+    checkpoints: Checkpoints, journal: Journal, train: TrainingData,
+) -> None:  # fmt: skip
+    """Take note of a validation, and decide what follows: the next epoch, a cool-down, or the end."""
+    progress = state.progress
+    improved = _take_note(state, metrics, settings)
+    train_loss = progress.loss_sum / max(1, progress.loss_count)
+    journal.step, journal.segment = progress.step, progress.segment
+    journal.emit("epoch", epoch=progress.epoch, train_loss=train_loss, val=metrics, improved=improved,
+                 lr=state.optimizer.param_groups[0]["lr"], samples=train.steps_per_epoch * train.batch,
+                 skipped=len(progress.skipped), total_steps=progress.schedule.total_steps, **seconds)  # fmt: skip
+    progress.epoch += 1
+    progress.position, progress.loss_sum, progress.loss_count = 0, 0.0, 0
+    if improved:
+        checkpoints.hold_best(take_snapshot(state))
+    if progress.step >= progress.schedule.total_steps:
+        progress.finished, progress.ended = True, "cool-down" if progress.segment else "schedule"
+    elif _is_plateau(state, settings):
+        checkpoints.save(take_snapshot(state))
+        _branch_to_cool_down(state, checkpoints, journal, train)
+    if progress.finished or checkpoints.is_due():
+        checkpoints.save(take_snapshot(state))
+        journal.emit("checkpoint", name=take_name(state))
+
+
+def take_name(state: TrainState) -> str:
+    """The directory name of a checkpoint of this state."""
+    segment = state.progress.segment
+    return f"step-{state.progress.step:08d}" + (f"-segment-{segment}" if segment else "")
+
+
+def _take_note(state: TrainState, metrics: dict[str, float], settings: FitSettings) -> bool:
+    """Compare with the best so far. A figure that is not finite is never better; ties are broken by the loss."""
+    progress = state.progress
+    value, loss = metrics[settings.monitor], metrics["loss"]
+    sign = 1 if settings.maximise else -1
+    best = progress.best
+    counts = best is None and math.isfinite(value)
+    better = counts
+    if best is not None and math.isfinite(value):
+        better = (sign * value, -loss) > (sign * best["value"], -best["loss"])
+        counts = sign * (value - best["value"]) > settings.min_delta * abs(best["value"])
+    if better:
+        progress.best = {"segment": progress.segment, "step": progress.step, "epoch": progress.epoch, "value": value,
+                         "loss": loss, "metrics": metrics}  # fmt: skip
+    waiting = progress.step > progress.schedule.warmup_steps
+    progress.bad_epochs = 0 if counts or not waiting else progress.bad_epochs + 1
+    return better
+
+
+def _is_plateau(state: TrainState, settings: FitSettings) -> bool:
+    """Patience is spent, at a rate that has not begun to fall for good (cosine falls from the start of its decay)."""
+    progress = state.progress
+    stable = progress.schedule.kind == "cosine" or progress.step < progress.schedule.stable_until
+    first_choice = settings.patience > 0 and progress.parent is None
+    return first_choice and stable and progress.best is not None and progress.bad_epochs >= settings.patience
+
+
+def _branch_to_cool_down(state: TrainState, checkpoints: Checkpoints, journal: Journal, train: TrainingData) -> None:
+    """Start a new segment from the best state: the learning rate falls to its end over a fifth of the steps done."""
+    best, segment = state.progress.best, state.progress.segment
+    assert best is not None
+    skipped = state.progress.skipped
+    restore(state, checkpoints.load_best(state.progress))
+    progress = state.progress
+    epochs = max(1, math.ceil(COOL_DOWN_SHARE * best["step"] / train.steps_per_epoch))
+    progress.parent = {"segment": best["segment"], "step": best["step"]}
+    progress.segment = segment + 1
+    progress.schedule = progress.schedule.cool_down(progress.step, epochs * train.steps_per_epoch)
+    progress.bad_epochs, progress.skipped = 0, skipped
+    journal.segment, journal.step = progress.segment, progress.step
+    journal.emit("segment", parent=progress.parent, reason="no improvement: cool down from the best state",
+                 epochs=epochs)  # fmt: skip
+
+
+def _save_and_stop(state: TrainState, checkpoints: Checkpoints, epoch: _Epoch, stop: StopFlag) -> None:
+    epoch.drain()
+    checkpoints.save(take_snapshot(state))
+    raise Stopped(f"Stopped at step {state.step}, in epoch {state.progress.epoch + 1}.", exit_code=stop.exit_code,
+                  kept=f"checkpoint {take_name(state)}", next="goodfit resume RUN")  # fmt: skip
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def _halve_micro_batch(state: TrainState, train: TrainingData, journal: Journal, context: StepContext) -> None:
+    """Twice as many micro-batches of half the size: the batch and its mathematics stay.
+
+    Raises:
+        OutOfMemory: the micro-batch is one sample already.
+    """
+    progress = state.progress
+    per_process = math.ceil(train.batch / context.ranks.size)
+    if progress.num_micro >= per_process:
+        raise OutOfMemory("Memory ran out with one sample at a time.", kept="the last checkpoint",
+                          next="use a smaller imgsz= or model=, or precision=bf16")  # fmt: skip
+    state.optimizer.zero_grad(set_to_none=True)
+    progress.num_micro = min(2 * progress.num_micro, per_process)
+    if context.device.kind == "cuda":
+        torch.cuda.empty_cache()
+    journal.step = progress.step
+    journal.emit("decision", name="accumulate", value=progress.num_micro, source="measured",
+                 reason="memory ran out: smaller micro-batches, same batch")  # fmt: skip
+
+
+class _Epoch:
+    """The records of the epoch in progress: each is read one step late, so that the device is never waited for."""
+
+    def __init__(self, state: TrainState, journal: Journal) -> None:
+        self._state = state
+        self._journal = journal
+        self._pending: StepRecord | None = None
+        self._last_event = 0.0
+        self._began = self._mark = time.monotonic()
+        self._wait = 0.0
+        self._samples = 0
+
+    def start(self) -> None:
+        self._began = self._mark = time.monotonic()
+        self._wait, self._samples = 0.0, 0
+
+    def loaded(self) -> None:
+        """A group of micro-batches arrived: what passed since the last step was waiting for data."""
+        self._wait += time.monotonic() - self._mark
+
+    def add(self, record: StepRecord) -> None:
+        self.drain()
+        self._pending = record
+        self._samples += record.num_samples
+        self._mark = time.monotonic()
+
+    def drain(self) -> None:
+        """Read the record that is waiting.
+
+        Raises:
+            TrainingError: too many steps in a row were not finite.
+        """
+        record, self._pending = self._pending, None
+        if record is None:
+            return
+        progress = self._state.progress
+        self._journal.step, self._journal.segment = record.step, progress.segment
+        if bool(record.bad):
+            progress.bad_in_a_row += 1
+            overflow = self._state.loss_scale.active and math.isfinite(float(record.loss))
+            if not overflow:
+                samples = record.samples.tolist()
+                progress.skipped.append({"step": record.step, "samples": samples})
+                self._journal.emit("step", loss=float(record.loss), grad_norm=float(record.grad_norm), lr=record.lr,
+                                   skipped=True, samples=samples)  # fmt: skip
+            if progress.bad_in_a_row >= MAX_BAD_STEPS:
+                raise _diverged(progress.step, progress.bad_in_a_row)
+            return
+        progress.bad_in_a_row = 0
+        progress.loss_sum += float(record.loss) * record.num_samples
+        progress.loss_count += record.num_samples
+        if time.monotonic() - self._last_event >= EVENT_SECONDS:
+            self._last_event = time.monotonic()
+            self._journal.emit("step", loss=float(record.loss), grad_norm=float(record.grad_norm), lr=record.lr,
+                               epoch=progress.epoch, total_steps=progress.schedule.total_steps,
+                               rate=self._samples / max(1e-9, time.monotonic() - self._began))  # fmt: skip
+
+    def finish(self, context: StepContext) -> dict[str, float]:
+        """Seconds of the epoch's training part, of them waiting for data, the rate, and peak memory so far (bytes)."""
+        seconds = time.monotonic() - self._began
+        rate = self._samples / seconds if self._samples else 0.0
+        return {"train_seconds": seconds, "data_seconds": self._wait, "samples_per_second": rate,
+                "memory": context.device.peak_memory()}  # fmt: skip
+
+
+def _diverged(step: int, count: int) -> TrainingError:
+    return TrainingError(
+        f"{count} updates in a row were not finite, up to step {step}: training has diverged.",
+        kept="the last checkpoint, and the best; none of them holds a value that is not finite",
+        next="use a lower lr=, or precision=fp32; the samples are named in events.jsonl",
+    )
+

@@ -1,0 +1,87 @@
+"""Build an optimizer, set its learning rate, and turn its state into named tensors and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from goodfit.models.builder import ParameterGroup
+
+
+def build_optimizer(network: nn.Module, groups: list[ParameterGroup], *, kind: str, momentum: float) -> torch.optim.Optimizer:  # fmt: skip
+    """AdamW, Adam or SGD with Nesterov momentum from torch, fused: the fused kernels can mask an update on the device.
+
+    Args:
+        groups: Each with its own peak learning rate and weight decay.
+        kind: "adamw" (Loshchilov and Hutter 2019), "adam" (Kingma and Ba 2015) or "sgd".
+        momentum: SGD's momentum or Adam's beta 1.
+    """
+    table = dict(network.named_parameters())
+    rows: list[dict[str, Any]] = [
+        {
+            "params": [table[name] for name in group.names],
+            "lr": group.lr,
+            "weight_decay": group.weight_decay,
+            "peak_lr": group.lr,
+            "parameter_names": list(group.names),
+        }
+        for group in groups
+    ]
+    fused = next(network.parameters()).device.type in ("cpu", "cuda")
+    if kind == "sgd":
+        return torch.optim.SGD(rows, lr=0.0, momentum=momentum, nesterov=momentum > 0, fused=fused)
+    made = torch.optim.AdamW if kind == "adamw" else torch.optim.Adam
+    return made(rows, lr=0.0, betas=(momentum, 0.999), fused=fused)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
+    """Set every group to its peak times the factor; returns the first group's learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    return float(optimizer.param_groups[0]["lr"])
+
+
+def apply_update(optimizer: torch.optim.Optimizer, divisor: torch.Tensor, bad: torch.Tensor) -> None:
+    """One update with the gradients divided by `divisor`, or none at all where `bad` is true.
+
+    torch's fused kernels take both as tensors on the device, so no value is read on the host and gradients are not
+    passed over once more. Other devices read `bad` here.
+
+    Args:
+        divisor: float32 scalar: loss scale, count and clipping in one number.
+        bad: bool scalar.
+    """
+    if optimizer.defaults.get("fused"):
+        optimizer.grad_scale = divisor  # type: ignore[attr-defined]
+        optimizer.found_inf = bad.to(torch.float32)  # type: ignore[attr-defined]
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+    elif not bool(bad):
+        gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        torch._foreach_div_(gradients, divisor)
+        optimizer.step()
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The state by "parameter name/entry", for a safetensors file."""
+    tensors = {}
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["parameter_names"], group["params"], strict=True):
+            for entry, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, torch.Tensor):
+                    tensors[f"{name}/{entry}"] = value
+    return tensors
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """The inverse of optimizer_tensors; learning rates stay those of the optimizer, which the schedule sets anyway."""
+    by_name: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, entry = key.rpartition("/")
+        by_name.setdefault(name, {})[entry] = value
+    state = optimizer.state_dict()
+    names = [name for group in optimizer.param_groups for name in group["parameter_names"]]
+    state["state"] = {i: by_name[name] for i, name in enumerate(names) if name in by_name}
+    optimizer.load_state_dict(state)

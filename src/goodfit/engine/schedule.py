@@ -1,0 +1,62 @@
+"""The learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+DECAY_SHARE = 0.2  # the default schedule decays over the last fifth
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """A learning-rate schedule over the steps of one segment.
+
+    `wsd` warms up linearly, stays, then falls along half a cosine (warm-up, stable, decay: Hu et al. 2024, MiniCPM;
+    Hägele et al. 2024). `cosine` warms up, then falls from there on (Loshchilov and Hutter 2017).
+
+    Attributes:
+        kind: "wsd" or "cosine".
+        warmup_steps: Steps of linear warm-up.
+        stable_until: Step at which the decay begins (for cosine: the end of warm-up).
+        total_steps: Step at which it ends.
+        lrf: Last factor, a share of the peak.
+        start_factor: Factor from which the decay starts.
+    """
+
+    kind: str
+    warmup_steps: int
+    stable_until: int
+    total_steps: int
+    lrf: float
+    start_factor: float = 1.0
+
+    def factor(self, step: int) -> float:
+        """The factor on the peak learning rate for the update that follows `step` updates."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if step < self.stable_until:
+            return self.start_factor
+        length = max(1, self.total_steps - self.stable_until)
+        done = min(1.0, (step - self.stable_until) / length)
+        return self.lrf + (self.start_factor - self.lrf) * 0.5 * (1 + math.cos(math.pi * done))
+
+    def cool_down(self, step: int, num_steps: int) -> Schedule:
+        """The schedule of a segment that starts at `step` and decays over the next `num_steps`."""
+        return Schedule(kind="wsd", warmup_steps=0, stable_until=step, total_steps=step + num_steps, lrf=self.lrf,
+                        start_factor=self.factor(step))  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for the checkpoint."""
+        return asdict(self)
+
+
+def plan_schedule(kind: str, *, epochs: int, warmup: float, lrf: float, steps_per_epoch: int) -> Schedule:
+    """The schedule of a first segment. `epochs` and `warmup` are lengths in epochs."""
+    total = epochs * steps_per_epoch
+    warmup_steps = min(round(warmup * steps_per_epoch), total // 2)
+    if kind == "cosine":
+        return Schedule(kind=kind, warmup_steps=warmup_steps, stable_until=warmup_steps, total_steps=total, lrf=lrf)
+    stable_until = max(warmup_steps, total - max(1, round(DECAY_SHARE * total)))
+    return Schedule(kind=kind, warmup_steps=warmup_steps, stable_until=stable_until, total_steps=total, lrf=lrf)

@@ -1,0 +1,120 @@
+"""Everything a run must remember between two steps: tensors, and `Progress`, its counters as plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from goodfit.engine.ema import Ema
+from goodfit.engine.schedule import Schedule
+
+GROWTH_STEPS = 2000  # good steps before an fp16 loss scale is doubled
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a run stands. Goes to state.json and back.
+
+    Attributes:
+        segment: Number of this segment of the run's tree.
+        parent: Segment and step that it started from; None for the first.
+        step: Updates done, counted along the branch.
+        epoch: Number of the epoch in progress, from 0.
+        position: Samples consumed in it, over all processes.
+        num_micro: Micro-batches per update and process; doubled when memory runs out.
+        schedule: The learning-rate schedule of this segment.
+        best: Segment, step, epoch, value and loss of the best validation so far; None before the first.
+        bad_epochs: Validations at the stable rate since the last improvement.
+        loss_sum, loss_count: Training loss of the epoch so far, summed over samples.
+        skipped: Steps whose update was masked, with the rows of their samples.
+        bad_in_a_row: Masked steps since the last good one.
+        finished: Whether training is over.
+        ended: Why: "schedule", "cool-down"; "" while it goes on.
+    """
+
+    schedule: Schedule
+    segment: int = 0
+    parent: dict[str, int] | None = None
+    step: int = 0
+    epoch: int = 0
+    position: int = 0
+    num_micro: int = 1
+    best: dict[str, Any] | None = None
+    bad_epochs: int = 0
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    bad_in_a_row: int = 0
+    finished: bool = False
+    ended: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> Progress:
+        """The inverse of to_dict; raises KeyError or TypeError if it does not fit."""
+        known = {f.name: value[f.name] for f in fields(cls) if f.name != "schedule"}
+        return cls(schedule=Schedule(**value["schedule"]), **known)
+
+
+class LossScale:
+    """The fp16 loss scale (Micikevicius et al. 2018): halved when a step overflows, doubled after 2,000 good steps.
+
+    For other precisions it is 1 and never changes. Lives on the device, so that nothing is read.
+    """
+
+    def __init__(self, device: torch.device, *, active: bool) -> None:
+        self.active = active
+        self.value = torch.tensor(2.0**14 if active else 1.0, device=device)
+        self.good_steps = torch.zeros((), device=device)
+
+    def update(self, bad: torch.Tensor) -> None:
+        """Take note of a step; `bad` is a bool scalar on the device."""
+        if not self.active:
+            return
+        self.good_steps = torch.where(bad, 0.0, self.good_steps + 1)
+        grown = torch.where(self.good_steps >= GROWTH_STEPS, 2.0, 1.0)
+        self.value = (self.value * torch.where(bad, 0.5, grown)).clamp(min=1.0)
+        self.good_steps = torch.where(grown > 1, 0.0, self.good_steps)
+
+
+@dataclass(slots=True)
+class TrainState:
+    """What training changes."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: Ema | None
+    loss_scale: LossScale
+    progress: Progress
+
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return self.progress.step
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model that is validated and kept: the average if there is one."""
+        return self.model if self.ema is None else self.ema.model
+
+
+def copy_buffers(model: nn.Module) -> list[torch.Tensor]:
+    """Copies of a model's buffers (batch-norm statistics)."""
+    return [buffer.clone() for buffer in model.buffers()]
+
+
+def restore_buffers(
+    model: nn.Module, copies: Sequence[torch.Tensor], bad: torch.Tensor | None = None, *, reads_are_free: bool = True
+) -> None:
+    """Put the copies back where `bad` is true (always, if it is None), without reading it where reading waits."""
+    if reads_are_free and bad is not None and not bool(bad):
+        return
+    for buffer, copied in zip(model.buffers(), copies, strict=True):
+        buffer.copy_(copied if bad is None or reads_are_free else torch.where(bad, copied, buffer))

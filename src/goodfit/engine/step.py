@@ -1,0 +1,141 @@
+"""One update of the weights from a group of micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from goodfit.core.random import derive_seed, stream
+from goodfit.engine.contracts import BatchTransform, Micro, Task, Terms
+from goodfit.engine.device import DevicePolicy
+from goodfit.engine.optimizer import apply_update, set_learning_rate
+from goodfit.engine.ranks import Ranks
+from goodfit.engine.state import TrainState, restore_buffers
+
+_MODEL = stream("model")
+
+
+@dataclass(frozen=True, slots=True)
+class StepContext:
+    """What every step of a run shares."""
+
+    task: Task
+    transform: BatchTransform
+    device: DevicePolicy
+    ranks: Ranks
+    seed: int
+    clip: float  # largest gradient norm; 0 is off
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """What one step did. The tensors are scalars on the device, to be read later."""
+
+    step: int
+    loss: torch.Tensor
+    grad_norm: torch.Tensor
+    bad: torch.Tensor  # bool: loss or gradient was not finite, so weights, optimizer and average stayed as they were
+    lr: float
+    num_samples: int
+    samples: npt.NDArray[np.int64]
+
+
+def train_step(
+    state: TrainState, context: StepContext, group: Sequence[Micro], factor: float, buffers: Sequence[torch.Tensor]
+) -> StepRecord:
+    """Update the weights once; the gradient is that of one large batch, also where micro-batches are uneven.
+
+    Each term of the loss is normalised by its own count over all micro-batches and processes. Batch norm and mixup see
+    one micro-batch at a time, so with them accumulation is not the same as a large batch.
+
+    Args:
+        factor: The schedule's factor on the peak learning rates.
+        buffers: Copies of the model's buffers from before the step, restored if it is bad.
+    """
+    device, ranks, model, optimizer = context.device, context.ranks, state.model, state.optimizer
+    lr = set_learning_rate(optimizer, factor)
+    optimizer.zero_grad(set_to_none=True)
+    num_samples = sum(len(micro.samples) for micro in group) * ranks.size
+    sums = _TermSums(model, num_samples, state.loss_scale.value, alone=len(group) == 1 and ranks.size == 1)
+    model.train()
+    for number, micro in enumerate(group):
+        device.seed(derive_seed(_MODEL, context.seed, state.step, ranks.rank, number))
+        batch = context.transform.train(device.move(micro.data), epoch=state.progress.epoch, step=state.step,
+                                        rank=ranks.rank, micro=number, samples=micro.samples)  # fmt: skip
+        with device.autocast():
+            terms = context.task.loss(model, batch)
+        sums.backward(terms)
+    loss, scale = sums.finish(ranks)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients) / scale  # unscaled before it is compared with the clip
+    bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
+    shrink = torch.clamp(context.clip / (norm + 1e-6), max=1.0) if context.clip > 0 else torch.ones_like(norm)
+    apply_update(optimizer, scale / shrink, bad)
+    restore_buffers(model, buffers, bad, reads_are_free=device.reads_are_free)
+    state.loss_scale.update(bad)
+    if state.ema is not None:
+        state.ema.update(model, state.step, bad, reads_are_free=device.reads_are_free)
+    state.progress.step += 1
+    samples = np.concatenate([micro.samples for micro in group])
+    return StepRecord(state.step, loss, norm, bad, lr, num_samples, samples)
+
+
+class _TermSums:
+    """Adds up sums and counts of each term, and their gradients.
+
+    With one micro-batch, or one term, one backward pass is enough: counts known by then, or left for `finish`. Several
+    terms over several micro-batches take one backward pass per term, because each is divided by a total of its own that
+    is known only at the end.
+    """
+
+    def __init__(self, model: torch.nn.Module, num_samples: int, loss_scale: torch.Tensor, *, alone: bool) -> None:
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._num_samples = num_samples
+        self._loss_scale = loss_scale
+        self._alone = alone
+        self._sums: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, torch.Tensor] = {}
+        self._apart: dict[str, list[torch.Tensor]] = {}
+
+    def backward(self, terms: Terms) -> None:
+        """Add the terms of one micro-batch and their gradients."""
+        for name, (total, count) in terms.items():
+            number = torch.as_tensor(count, dtype=total.dtype, device=total.device)
+            self._sums[name] = self._sums.get(name, 0) + total.detach()
+            self._counts[name] = self._counts.get(name, 0) + number
+        if self._alone:
+            parts = [total / self._counts[name].clamp(min=1) for name, (total, _) in terms.items()]
+            (torch.stack(parts).sum() * self._loss_scale).backward()
+        elif len(terms) == 1:
+            ((total,),) = ((t for t, _ in terms.values()),)
+            (total / self._num_samples * self._loss_scale).backward()
+        else:
+            for number_left, (name, (total, _)) in zip(range(len(terms) - 1, -1, -1), terms.items(), strict=True):
+                made = torch.autograd.grad(total / self._num_samples * self._loss_scale, self._parameters,
+                                           retain_graph=number_left > 0, allow_unused=True)  # fmt: skip
+                held = self._apart.setdefault(name, [torch.zeros_like(p) for p in self._parameters])
+                for mine, gradient in zip(held, made, strict=True):
+                    if gradient is not None:
+                        mine += gradient
+
+    def finish(self, ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss, and the number that the gradients must be divided by; both scalars on the device."""
+        counts = {name: ranks.sum_(count).clamp(min=1) for name, count in self._counts.items()}
+        loss = torch.stack([ranks.sum_(self._sums[name]) / counts[name] for name in counts]).sum()
+        scale = self._loss_scale
+        if self._apart:
+            weights = {name: self._num_samples / counts[name] for name in counts}
+            for number, parameter in enumerate(self._parameters):
+                parameter.grad = sum(self._apart[name][number] * weights[name] for name in counts)  # type: ignore[assignment]
+        elif not self._alone:
+            (count,) = counts.values()
+            scale = scale * count / self._num_samples
+        if ranks.size > 1:
+            for parameter in self._parameters:
+                if parameter.grad is not None:
+                    ranks.sum_(parameter.grad)
+        return loss, scale

@@ -1,0 +1,1 @@
+"""Numbers out of tensors: exact under any split of the samples into batches and processes."""

@@ -1,0 +1,1 @@
+"""What comes after training: the one final test, the bundle with its proof, plots and the report."""

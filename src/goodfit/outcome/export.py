@@ -1,0 +1,152 @@
+"""A trained network as ONNX, with its normalisation inside, and the proof that it predicts the same from file bytes."""
+
+from __future__ import annotations
+
+import io
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import nn
+
+from goodfit.core.errors import ExportError
+from goodfit.runtime.images import Preprocessing, decode_image
+from goodfit.runtime.predictor import Predictor
+
+TOLERANCE = 1e-3  # of the largest logit's size, at least of 1: float32 sums in another order
+LATENCY_RUNS = 30
+LARGE_SIDE = 6000  # pixels of the very large odd image
+
+
+class _WithNormalisation(nn.Module):
+    """uint8 images in, logits out: the normalisation becomes part of the exported graph."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, network: nn.Module, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.tensor(preprocessing.mean).view(1, 3, 1, 1) * 255)
+        self.register_buffer("std", torch.tensor(preprocessing.std).view(1, 3, 1, 1) * 255)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.network((image.to(torch.float32) - self.mean) / self.std)
+        return logits
+
+
+def export_onnx(network: nn.Module, preprocessing: Preprocessing, path: Path) -> nn.Module:
+    """Write `image` (uint8, N x 3 x S x S) → `logits` (float32, N x classes) with a dynamic N, in one file.
+
+    Returns:
+        The network with its normalisation, float32 on the CPU in evaluation mode: what the file must reproduce.
+
+    Raises:
+        ExportError: the exporter does not support the network.
+    """
+    wrapped = _WithNormalisation(network.cpu().float(), preprocessing).eval()
+    size = preprocessing.size
+    example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+    exporter_log = logging.getLogger("torch.onnx")
+    level = exporter_log.level
+    try:
+        exporter_log.setLevel(logging.ERROR)  # it reports each of its own steps as a warning
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # notes of the exporter to its own authors
+            torch.onnx.export(
+                wrapped, (example,), str(path), input_names=["image"], output_names=["logits"], dynamo=True,
+                dynamic_shapes={"image": {0: torch.export.Dim("batch", min=1)}}, external_data=False, verbose=False,
+            )  # fmt: skip
+    except Exception as error:  # the exporter raises many kinds
+        raise ExportError(f"The network cannot be exported to ONNX: {type(error).__name__}: {str(error)[:400]}",
+                          kept="the trained weights, in checkpoints/best",
+                          next="report the model's name; goodfit test RUN still works") from error  # fmt: skip
+    finally:
+        exporter_log.setLevel(level)
+    return wrapped
+
+
+def odd_files(source: bytes) -> dict[str, bytes]:
+    """One real picture in the forms that break preprocessing: EXIF-rotated, grey, CMYK, RGBA and very large.
+
+    Args:
+        source: The bytes of a real image of the dataset.
+    """
+    image = decode_image(source)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    large = image.resize((LARGE_SIDE, max(1, round(LARGE_SIDE * image.height / image.width))))
+    rgba = image.convert("RGBA")
+    rgba.putalpha(Image.linear_gradient("L").resize(image.size))
+    return {
+        "EXIF-rotated": _encode(image, "JPEG", exif=exif.tobytes()),
+        "grey": _encode(image.convert("L"), "PNG"),
+        "CMYK": _encode(image.convert("CMYK"), "JPEG"),
+        "RGBA": _encode(rgba, "PNG"),
+        "very large": _encode(large, "JPEG"),
+    }
+
+
+def _encode(image: Image.Image, format: str, **more: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **more)
+    return buffer.getvalue()
+
+
+def check_parity(predictor: Predictor, reference: nn.Module, files: Sequence[bytes], names: Sequence[str]) -> dict[str, Any]:
+    """Compare ONNX Runtime with torch on image files, from their bytes through `goodfit.runtime`.
+
+    Run one by one and all in one batch, as a model that was exported with a fixed batch would fail on one of the two.
+
+    Returns:
+        The largest difference of logits, the tolerance, and the number of files.
+
+    Raises:
+        ExportError: a difference is over the tolerance, or a predicted class differs.
+    """
+    pixels = np.stack([predictor.preprocessing.pixels(data, where=name) for data, name in zip(files, names, strict=True)])
+    with torch.inference_mode():
+        expected = torch.cat([reference(torch.from_numpy(p[None])) for p in pixels]).numpy()
+    tolerance = TOLERANCE * max(1.0, float(np.abs(expected).max()))
+    single = np.concatenate([predictor.logits(p[None]) for p in pixels])
+    largest = 0.0
+    for label, actual in (("one by one", single), ("in one batch", predictor.logits(pixels))):
+        difference = np.abs(actual - expected).max(axis=1)
+        largest = max(largest, float(difference.max()))
+        worst = int(difference.argmax())
+        same_class = _same_class(actual, expected, tolerance)
+        if not np.isfinite(actual).all() or difference[worst] > tolerance or not same_class:
+            raise ExportError(
+                f"The ONNX model does not reproduce the trained one ({label}): logits differ by {difference[worst]:.2g} "
+                f"on {names[worst]}, more than {tolerance:.2g}.",
+                kept="the trained weights, in checkpoints/best",
+                next="report the model's name and the versions in events.jsonl",
+            )
+    return {"max_difference": largest, "tolerance": tolerance, "num_files": len(files)}
+
+
+def _same_class(actual: npt.NDArray[np.float32], expected: npt.NDArray[np.float32], tolerance: float) -> bool:
+    """The same class wins, except where the two best are closer than the tolerance."""
+    two = np.sort(expected, axis=1)[:, -2:]
+    clear = two[:, 1] - two[:, 0] > 2 * tolerance
+    return bool((actual.argmax(1) == expected.argmax(1))[clear].all())
+
+
+def measure_latency(predictor: Predictor, pixels: npt.NDArray[np.uint8]) -> dict[str, float]:
+    """Milliseconds per call of the model at batch 1 on this machine, preprocessing left aside: p50 and p95 of 30."""
+    seconds = []
+    for number in range(LATENCY_RUNS + 3):
+        start = time.perf_counter()
+        predictor.logits(pixels[None])
+        if number >= 3:
+            seconds.append(time.perf_counter() - start)
+    cuts = statistics.quantiles(seconds, n=20)
+    return {"p50_ms": 1000 * statistics.median(seconds), "p95_ms": 1000 * cuts[18]}

@@ -1,0 +1,67 @@
+"""The pictures of a run, drawn from its records: results.png and confusion_matrix.png."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from goodfit.core.journal import Event
+
+COLOURS = {"train": "#4c78a8", "val": "#e45756", "metric": "#54a24b", "lr": "#9d755d", "grid": "#dddddd"}
+MAX_NAMED_CLASSES = 30  # above this, tick labels would overlap
+
+
+def plot_results(epochs: Sequence[Event], path: Path) -> None:
+    """Loss, accuracy and learning rate against the step, from `epoch` events; segments are joined where they branch."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 3)
+    panels: list[tuple[str, list[tuple[str, str, list[float]]]]] = [
+        ("loss", [("train", COLOURS["train"], [float(e["train_loss"]) for e in epochs]),
+                  ("val", COLOURS["val"], [float(e["val"]["loss"]) for e in epochs])]),
+        ("accuracy", [("val accuracy", COLOURS["metric"], [float(e["val"]["accuracy"]) for e in epochs]),
+                      ("val macro F1", COLOURS["train"], [float(e["val"]["macro_f1"]) for e in epochs])]),
+        ("learning rate", [("backbone", COLOURS["lr"], [float(e["lr"]) for e in epochs])]),
+    ]  # fmt: skip
+    steps = [e["step"] for e in epochs]
+    for axis, (title, lines) in zip(axes, panels, strict=True):
+        for label, colour, values in lines:
+            axis.plot(steps, values, color=colour, label=label, linewidth=1.6, marker="." if len(steps) < 60 else None)
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        axis.grid(color=COLOURS["grid"], linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=8)
+    best = max(epochs, key=lambda e: (e["val"]["accuracy"], -float(e["val"]["loss"])))
+    axes[1].annotate(f"best {best['val']['accuracy']:.1%}", (best["step"], best["val"]["accuracy"]),
+                     textcoords="offset points", xytext=(0, -14), ha="center", fontsize=8)  # fmt: skip
+    figure.savefig(path, dpi=110)
+
+
+def plot_confusion(confusion: Sequence[Sequence[int]], class_names: Sequence[str], path: Path) -> None:
+    """Counts by true class (rows) and predicted class (columns), shaded by the share of the row."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    num = len(class_names)
+    side = min(12.0, 3.2 + 0.45 * num)
+    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    shares = [[count / max(1, sum(row)) for count in row] for row in confusion]
+    picture = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(picture, ax=axis, label="share of the true class", shrink=0.8)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("true")
+    if num <= MAX_NAMED_CLASSES:
+        axis.set_xticks(range(num), class_names, rotation=45, ha="right")
+        axis.set_yticks(range(num), class_names)
+        for y, row in enumerate(confusion):
+            for x, count in enumerate(row):
+                if count:
+                    axis.text(x, y, str(count), ha="center", va="center", fontsize=9,
+                              color="white" if shares[y][x] > 0.5 else "black")  # fmt: skip
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,1 @@
+"""What is learned: one class of five methods per task. The engine never imports this folder."""
