@@ -59,21 +59,28 @@ def train(data: str | Path | None = None, **asked: Any) -> Run:
             parts = assemble(plan, audited.index)
             if plan.rehearse.value:
                 rehearsal_stage(parts, journal)
-            return complete(Run(folder), parts, journal)
+            with training(Run(folder), parts, journal) as (checkpoints, stop):
+                fit(parts.state, parts.context, parts.train, parts.val, settings=parts.settings,
+                    checkpoints=checkpoints, journal=journal, stop=stop)  # fmt: skip
+            return finish(Run(folder), parts, checkpoints, journal)
 
 
-def complete(run: Run, parts: Parts, journal: Journal) -> Run:
-    """From a state to a finished run: fit, test, bundle, report. What is done already is not done again."""
+@contextmanager
+def training(run: Run, parts: Parts, journal: Journal) -> Iterator[tuple[Checkpoints, StopFlag]]:
+    """Around `fit`: the newest checkpoint is put into the state, metrics.csv is kept, signals become a flag."""
     checkpoints = Checkpoints(run.path / "checkpoints", run_hashes(parts.plan, parts.index))
     continue_from(parts, checkpoints, journal)
     journal.listen(MetricsFile(run.path))
     with stage(journal, "train") as note:
         with StopFlag() as stop:
-            fit(parts.state, parts.context, parts.train, parts.val, settings=parts.settings, checkpoints=checkpoints,
-                journal=journal, stop=stop)  # fmt: skip
+            yield checkpoints, stop
         progress = parts.state.progress
         best = progress.best or {}
         note.text = f"ended by its {progress.ended} after {progress.step} steps; best epoch {best.get('epoch', 0) + 1}"
+
+
+def finish(run: Run, parts: Parts, checkpoints: Checkpoints, journal: Journal) -> Run:
+    """From trained weights to a finished run: test, bundle, report. What is done already is not done again."""
     load_best(parts, checkpoints)
     done = run.path / "test.json"
     test = read_json(done) if done.is_file() else final_test(run, parts, journal)
@@ -130,7 +137,10 @@ def resume(run: str | Path, *, workers: int | None = None) -> Run:
     with run_lock(opened.path), _recorded(journal, opened.path):
         parts = reopen(opened, journal, workers=workers)
         with execution(parts.plan):
-            return complete(opened, parts, journal)
+            with training(opened, parts, journal) as (checkpoints, stop):
+                fit(parts.state, parts.context, parts.train, parts.val, settings=parts.settings,
+                    checkpoints=checkpoints, journal=journal, stop=stop)  # fmt: skip
+            return finish(opened, parts, checkpoints, journal)
 
 
 def reopen(run: Run, journal: Journal, *, workers: int | None = None) -> Parts:

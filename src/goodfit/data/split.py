@@ -19,8 +19,8 @@ def split_dataset(index: DatasetIndex, *, shares: str, split_seed: int, given: t
     """Put every accepted sample into train, val or test.
 
     Given splits are respected; what is missing is cut from train. Within a class, groups are ordered by a hash of the
-    seed and of their content, so that the result does not depend on file names; each split gets its share, rounded per
-    class, and at least one sample of every class.
+    seed and of their content, so that the result does not depend on file names; each split gets its share of every
+    class, and at least one sample.
 
     Args:
         index: An audited index.
@@ -42,13 +42,24 @@ def split_dataset(index: DatasetIndex, *, shares: str, split_seed: int, given: t
     else:
         pool = splits == NO_SPLIT
     order = _content_order(index, split_seed)
-    for target, name in enumerate(index.class_names):
+    counts = np.bincount(index.targets[pool], minlength=len(index.class_names))
+    rooms = {split: _rooms(counts, float(share)) for split, share in wanted}
+    for target in np.argsort(counts, kind="stable"):  # rare classes first: a group may bring other classes along
         rows = [r for r in order if pool[r] and index.targets[r] == target]
-        _cut(index, rows, splits, wanted, name)
+        _cut(index, rows, splits, {split: int(room[target]) for split, room in rooms.items()}, index.class_names[target])
     splits[splits == NO_SPLIT] = 0
     made = index.with_splits(splits)
     _check_groups(made)
     return made
+
+
+def _rooms(counts: npt.NDArray[np.int64], share: float) -> npt.NDArray[np.int64]:
+    """Samples of each class for a split: at least one, and together the share of all (largest remainders)."""
+    exact = counts * share
+    rooms = np.maximum(1, np.floor(exact).astype(np.int64))
+    left = max(0, round(float(counts.sum()) * share) - int(rooms.sum()))
+    rooms[np.argsort(np.floor(exact) - exact, kind="stable")[:left]] += 1
+    return rooms
 
 
 def _content_order(index: DatasetIndex, seed: int) -> list[int]:
@@ -63,20 +74,19 @@ def _content_order(index: DatasetIndex, seed: int) -> list[int]:
 
 
 def _cut(
-    index: DatasetIndex, rows: list[int], splits: npt.NDArray[np.int8], wanted: list[tuple[int, float]], name: str
+    index: DatasetIndex, rows: list[int], splits: npt.NDArray[np.int8], rooms: dict[int, int], name: str
 ) -> None:
     """Move groups of one class from the pool into the wanted splits; what is left stays for train."""
     units: dict[int, list[int]] = {}
+    placed = np.bincount(np.maximum(splits[rows], 0), minlength=3)  # with groups of other classes
     for row in rows:
-        if splits[row] == LEFT_OUT or (splits[row] > 0):
-            continue  # its group was placed with another class
+        if splits[row] > 0:
+            continue
         key = int(index.groups[row]) if index.groups[row] != NO_GROUP else -2 - row
         units.setdefault(key, []).append(row)
     waiting = list(units.items())
-    total = sum(len(members) for _, members in waiting)
-    for split, share in wanted:
-        room = max(1, round(share * total))
-        taken = 0
+    for split, room in rooms.items():
+        taken = int(placed[split])
         for key, members in list(waiting):
             if taken >= room or len(waiting) == 1:
                 break

@@ -29,7 +29,8 @@ def build_optimizer(network: nn.Module, groups: list[ParameterGroup], *, kind: s
         }
         for group in groups
     ]
-    fused = next(network.parameters()).device.type in ("cpu", "cuda")
+    first = next(network.parameters())
+    fused = first.device.type in ("cpu", "cuda") and first.dtype == torch.float32  # its divisor is float32 too
     if kind == "sgd":
         return torch.optim.SGD(rows, lr=0.0, momentum=momentum, nesterov=momentum > 0, fused=fused)
     made = torch.optim.AdamW if kind == "adamw" else torch.optim.Adam
@@ -43,25 +44,23 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
     return float(optimizer.param_groups[0]["lr"])
 
 
-def apply_update(optimizer: torch.optim.Optimizer, divisor: torch.Tensor, bad: torch.Tensor) -> None:
-    """One update with the gradients divided by `divisor`, or none at all where `bad` is true.
+def mask_update(optimizer: torch.optim.Optimizer, divisor: torch.Tensor, bad: torch.Tensor) -> None:
+    """Make the next `optimizer.step()` divide the gradients by `divisor`, or change nothing at all where `bad` is true.
 
     torch's fused kernels take both as tensors on the device, so no value is read on the host and gradients are not
-    passed over once more. Other devices read `bad` here.
+    passed over once more. Elsewhere `bad` is read here, and a step without gradients changes nothing.
 
     Args:
         divisor: float32 scalar: loss scale, count and clipping in one number.
         bad: bool scalar.
     """
     if optimizer.defaults.get("fused"):
-        optimizer.grad_scale = divisor  # type: ignore[attr-defined]
+        optimizer.grad_scale = divisor.to(torch.float32)  # type: ignore[attr-defined]
         optimizer.found_inf = bad.to(torch.float32)  # type: ignore[attr-defined]
-        optimizer.step()
-        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
-    elif not bool(bad):
-        gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-        torch._foreach_div_(gradients, divisor)
-        optimizer.step()
+    elif bool(bad):
+        optimizer.zero_grad(set_to_none=True)
+    else:
+        torch._foreach_div_([p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None], divisor)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

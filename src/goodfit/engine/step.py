@@ -12,7 +12,7 @@ import torch
 from goodfit.core.random import derive_seed, stream
 from goodfit.engine.contracts import BatchTransform, Micro, Task, Terms
 from goodfit.engine.device import DevicePolicy
-from goodfit.engine.optimizer import apply_update, set_learning_rate
+from goodfit.engine.optimizer import mask_update, set_learning_rate
 from goodfit.engine.ranks import Ranks
 from goodfit.engine.state import TrainState, restore_buffers
 
@@ -74,7 +74,8 @@ def train_step(
     norm = torch.nn.utils.get_total_norm(gradients) / scale  # unscaled before it is compared with the clip
     bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
     shrink = torch.clamp(context.clip / (norm + 1e-6), max=1.0) if context.clip > 0 else torch.ones_like(norm)
-    apply_update(optimizer, scale / shrink, bad)
+    mask_update(optimizer, scale / shrink, bad)
+    optimizer.step()
     restore_buffers(model, buffers, bad, reads_are_free=device.reads_are_free)
     state.loss_scale.update(bad)
     if state.ema is not None:

@@ -1,0 +1,31 @@
+# Two commands set everything up on a machine with Python 3.11 or newer and make:
+#   make demo    train on handwritten digits, from audit to bundle
+#   make test    run the tests
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check bench clean
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/goodfit demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+check: .venv/installed
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/shape
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/first_run.py
+
+clean:
+	rm -rf .venv build dist
