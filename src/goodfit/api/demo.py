@@ -9,7 +9,7 @@ from goodfit.api.folder import DEFAULT_PROJECT, Run
 from goodfit.api.train import train
 from goodfit.core.errors import RequestError
 
-EPOCHS = 15
+EPOCHS = 12
 
 
 def demo(**asked: Any) -> Run:

@@ -1,0 +1,163 @@
+"""What the loop does beyond the straight path: memory, plateaus, divergence, rehearsal."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import goodfit
+from goodfit.api.assemble import assemble, execution
+from goodfit.core.errors import OutOfMemory, TrainingError
+from goodfit.core.journal import Journal
+from goodfit.engine.checkpoint import Checkpoints, tensors_sha256
+from goodfit.engine.loop import fit
+from goodfit.engine.stop import StopFlag
+
+
+def parts_of(bars, **asked):
+    from goodfit.api.prepare import decide, read_and_audit
+    from goodfit.config.parse import parse_request
+
+    request = parse_request({"data": str(bars), "batch": 16, "rehearse": False, **asked})
+    journal = Journal(None)
+    audited = read_and_audit(request, journal)
+    return assemble(decide(request, audited, journal), audited.index)
+
+
+def run_fit(parts, folder, journal=None):
+    checkpoints = Checkpoints(folder, {})
+    with execution(parts.plan), StopFlag() as stop:
+        fit(parts.state, parts.context, parts.train, parts.val, settings=parts.settings, checkpoints=checkpoints,
+            journal=journal or Journal(None), stop=stop)  # fmt: skip
+    return checkpoints
+
+
+class Failing:
+    """A task that runs out of memory when a micro-batch is larger than a limit, or gives NaN at some steps."""
+
+    def __init__(self, task, limit=10**9, nan_at=()):
+        self._task, self._limit, self._nan_at, self.calls = task, limit, nan_at, 0
+
+    def __getattr__(self, name):
+        return getattr(self._task, name)
+
+    def loss(self, model, batch):
+        terms = self._task.loss(model, batch)  # the forward pass has touched the batch-norm statistics
+        if len(batch["image"]) > self._limit:
+            raise torch.OutOfMemoryError("simulated")
+        self.calls += 1
+        total, count = terms["loss"]
+        return {"loss": (total * float("nan") if self.calls in self._nan_at else total, count)}
+
+
+def with_task(parts, **failing):
+    import dataclasses
+
+    context = dataclasses.replace(parts.context, task=Failing(parts.task, **failing))
+    return dataclasses.replace(parts, context=context)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(bars, tmp_path):
+    direct = parts_of(bars, epochs=1, accumulate=4)
+    run_fit(direct, tmp_path / "direct")
+    survived = with_task(parts_of(bars, epochs=1), limit=5)
+    journal = Journal(tmp_path / "events.jsonl")
+    run_fit(survived, tmp_path / "survived", journal)
+    assert survived.state.progress.num_micro == 4 and survived.state.step == direct.state.step
+    assert tensors_sha256({"": survived.state.model.state_dict()}) == tensors_sha256({"": direct.state.model.state_dict()})
+    said = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [e["value"] for e in said if e["event"] == "decision"] == [2, 4]
+
+
+def test_out_of_memory_with_one_sample_is_an_error(bars, tmp_path):
+    with pytest.raises(OutOfMemory) as caught:
+        run_fit(with_task(parts_of(bars, epochs=1), limit=0), tmp_path)
+    assert caught.value.exit_code == 5 and "imgsz" in caught.value.next
+
+
+def test_a_nan_step_is_named_and_training_goes_on(bars, tmp_path):
+    parts = with_task(parts_of(bars, epochs=1), nan_at=(3,))
+    journal = Journal(tmp_path / "events.jsonl")
+    run_fit(parts, tmp_path / "c", journal)
+    (skipped,) = parts.state.progress.skipped
+    assert skipped["step"] == 3 and len(skipped["samples"]) == 16
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    (event,) = [e for e in events if e.get("skipped") is True]
+    assert event["loss"] == "nan" and event["samples"] == skipped["samples"]
+    assert all(torch.isfinite(p).all() for p in parts.state.model.parameters())
+
+
+def test_nan_for_good_ends_the_run_with_finite_checkpoints(bars, tmp_path):
+    parts = with_task(parts_of(bars, epochs=5), nan_at=range(10, 10_000))
+    with pytest.raises(TrainingError, match="20 updates in a row") as caught:
+        run_fit(parts, tmp_path)
+    assert caught.value.exit_code == 5
+    kept = Checkpoints(tmp_path, {}).latest()
+    assert kept is not None and all(torch.isfinite(t).all() for t in kept.files["model"].values())
+
+
+def test_a_plateau_cools_down_from_the_best_state_in_a_new_segment(bars, tmp_path):
+    parts = parts_of(bars, epochs=60, patience=3, warmup=0.5, min_delta=0.01)
+    journal = Journal(tmp_path / "events.jsonl")
+    run_fit(parts, tmp_path / "c", journal)
+    progress = parts.state.progress
+    assert (progress.segment, progress.ended) == (1, "cool-down") and progress.parent is not None
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    (branch,) = [e for e in events if e["event"] == "segment"]
+    best_before = max(e["val"]["accuracy"] for e in events if e["event"] == "epoch" and e["segment"] == 0)
+    assert branch["parent"] == {"segment": 0, "step": branch["step"]}
+    cooled = [e for e in events if e["event"] == "epoch" and e["segment"] == 1]
+    assert cooled and cooled[0]["step"] > branch["step"] and cooled[-1]["lr"] < 0.05 * max(e["lr"] for e in cooled + events[:1] if "lr" in e)
+    assert progress.best["value"] >= best_before
+    assert progress.step < 60 * parts.train.steps_per_epoch
+
+
+def test_the_state_before_the_decay_is_pinned(bars, tmp_path):
+    parts = parts_of(bars, epochs=5)
+    run_fit(parts, tmp_path)
+    found = {p.name: json.loads((p / "state.json").read_text()) for p in tmp_path.glob("step-*")}
+    pinned = [s["progress"]["step"] for s in found.values() if s["pinned"]]
+    assert pinned == [parts.state.progress.schedule.stable_until]
+    assert (tmp_path / "last").is_symlink() and (tmp_path / "best").is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("asked", "check"), [({"lr": 0.0, "head_lr": 0.0}, "overfit"), ({"lr": 100.0, "head_lr": 100.0}, "overfit")]
+)
+def test_the_rehearsal_stops_a_run_that_would_not_learn(bars, tmp_path, asked, check):
+    with pytest.raises(TrainingError, match=check) as caught:
+        goodfit.train(bars, project=str(tmp_path), epochs=1, batch=16, optimizer="sgd", clip=0, **asked)
+    assert "rehearse=false" in caught.value.next and not list(tmp_path.rglob("test.json"))
+
+
+def test_the_rehearsal_leaves_the_state_untouched(bars):
+    from goodfit.api.train import rehearsal_stage
+
+    parts = parts_of(bars, epochs=1)
+    before = tensors_sha256({"": parts.state.model.state_dict()})
+    with execution(parts.plan):
+        rehearsal_stage(parts, Journal(None))
+    assert tensors_sha256({"": parts.state.model.state_dict()}) == before and not parts.state.optimizer.state
+
+
+def test_a_head_that_is_not_new_is_noticed(bars):
+    from goodfit.api.train import rehearsal_stage
+
+    parts = parts_of(bars, epochs=1)
+    with torch.no_grad():
+        next(p for n, p in parts.state.model.named_parameters() if n == "fc.weight").normal_(std=30.0)
+    with execution(parts.plan), pytest.raises(TrainingError, match="loss at start"):
+        rehearsal_stage(parts, Journal(None))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_loss_falls_in_fifty_steps_of_a_real_network(bars, tmp_path, optimizer, precision):
+    parts = parts_of(bars, epochs=7, optimizer=optimizer, precision=precision)
+    journal = Journal(tmp_path / "events.jsonl")
+    run_fit(parts, tmp_path / "c", journal)
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    losses = [e["train_loss"] for e in events if e["event"] == "epoch"]
+    assert parts.state.step >= 49 and losses[-1] < 0.5 * losses[0]
