@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import draw
+from pictures import draw
 
 
 def refused(done, code):

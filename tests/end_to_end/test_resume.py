@@ -72,8 +72,8 @@ def test_stopped_in_mid_epoch_and_resumed_with_other_workers(bars, uninterrupted
     result = last_json(done.stdout)
     assert result["state_sha256"] == uninterrupted["state_sha256"]
     assert result["weights_sha256"] == uninterrupted["weights_sha256"]
-    rows = list(csv.DictReader((run / "metrics.csv").open()))
-    whole = list(csv.DictReader(Path(uninterrupted["run"], "metrics.csv").open())) if Path(uninterrupted["run"]).exists() else []
+    rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
+    whole = list(csv.DictReader(Path(uninterrupted["run"], "metrics.csv").read_text().splitlines())) if Path(uninterrupted["run"]).exists() else []
     assert [int(r["epoch"]) for r in rows] == [1, 2, 3, 4]
     for mine, other in zip(rows, whole, strict=bool(whole)):
         assert {k: mine[k] for k in ("step", "lr", "train/loss", "val/loss")} == {
@@ -95,7 +95,7 @@ def test_killed_and_resumed(bars, uninterrupted, tmp_path):
         out, err = process.communicate()
     assert process.returncode == 0, err
     assert last_json(out)["state_sha256"] == uninterrupted["state_sha256"]
-    assert [int(r["epoch"]) for r in csv.DictReader((run / "metrics.csv").open())] == [1, 2, 3, 4]
+    assert [int(r["epoch"]) for r in csv.DictReader((run / "metrics.csv").read_text().splitlines())] == [1, 2, 3, 4]
 
 
 def test_another_run_is_not_equal(uninterrupted, bars, tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, draw, folder_hash
+from pictures import REPOSITORY, draw, folder_hash
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -35,7 +35,7 @@ def test_the_folder_holds_the_record(finished):
     for name in ("request.yaml", "plan.json", "audit.json", "split.csv", "events.jsonl", "metrics.csv", "test.json",
                  "report.html", "result.json", "plots/results.png", "plots/confusion_matrix.png"):  # fmt: skip
         assert (path / name).stat().st_size > 0, name
-    rows = list(csv.DictReader((path / "metrics.csv").open()))
+    rows = list(csv.DictReader((path / "metrics.csv").read_text().splitlines()))
     assert [int(r["epoch"]) for r in rows] == [1, 2, 3, 4, 5]
     assert finished.plan.epochs.source == "asked" and finished.plan.batch.value == 16
     assert {f["kind"] for f in finished.findings} == {"unreadable", "wrong_type"}
@@ -47,7 +47,7 @@ def test_the_folder_holds_the_record(finished):
 
 def test_the_bundle_predicts_what_the_final_test_saw(finished):
     """Every test image through the bundle gives the very accuracy of test.json."""
-    rows = [r for r in csv.DictReader((finished.path / "split.csv").open()) if r["split"] == "test"]
+    rows = [r for r in csv.DictReader((finished.path / "split.csv").read_text().splitlines()) if r["split"] == "test"]
     root = Path(json.loads((finished.path / "run.json").read_text())["root"])
     found = finished.predict([root / r["path"] for r in rows])
     hits = sum(f["label"] == r["label"] for f, r in zip(found, rows, strict=True))

@@ -109,7 +109,8 @@ def test_a_plateau_cools_down_from_the_best_state_in_a_new_segment(bars, tmp_pat
     best_before = max(e["val"]["accuracy"] for e in events if e["event"] == "epoch" and e["segment"] == 0)
     assert branch["parent"] == {"segment": 0, "step": branch["step"]}
     cooled = [e for e in events if e["event"] == "epoch" and e["segment"] == 1]
-    assert cooled and cooled[0]["step"] > branch["step"] and cooled[-1]["lr"] < 0.05 * max(e["lr"] for e in cooled + events[:1] if "lr" in e)
+    highest = max(e["lr"] for e in events if e["event"] == "epoch")
+    assert cooled and cooled[0]["step"] > branch["step"] and cooled[-1]["lr"] < 0.1 * highest
     assert progress.best["value"] >= best_before
     assert progress.step < 60 * parts.train.steps_per_epoch
 

@@ -231,11 +231,27 @@ def test_ema_equals_the_formula():
         assert torch.allclose(value, expected[name].to(value.dtype), atol=1e-6), name
 
 
-def test_optimizer_state_survives_its_file_form():
-    state = make_state(network(), "adamw")
+class Images(nn.Module):
+    """A convolution in channels-last memory, as training uses it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Conv2d(2, 8, (1, 3)), nn.Tanh(), nn.Conv2d(8, 3, 1), nn.Flatten())
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x):
+        return self.layers(x.view(-1, 2, 1, 3).contiguous(memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize("make", [network, Images])
+@pytest.mark.parametrize("kind", ["adamw", "adam", "sgd"])
+def test_optimizer_state_survives_its_file_form(make, kind):
+    state = make_state(make(), kind)
     run_steps(state, context(OneTerm()), [chop(batch(), (12,))], 3)
-    other = make_state(copy.deepcopy(state.model), "adamw")
-    load_optimizer_tensors(other.optimizer, {k: v.clone() for k, v in optimizer_tensors(state.optimizer).items()})
+    other = make_state(copy.deepcopy(state.model), kind)
+    written = {k: v.clone(memory_format=torch.contiguous_format) for k, v in optimizer_tensors(state.optimizer).items()}
+    load_optimizer_tensors(other.optimizer, written)
     other.progress.step = state.progress.step
     for s in (state, other):
         run_steps(s, context(OneTerm()), [chop(batch(seed=9), (12,))], 2)

@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import draw, folder_hash
+from pictures import draw, folder_hash
 from PIL import Image
 
 from goodfit.core.errors import DataError

@@ -69,7 +69,7 @@ def _without_equals(key: str, waiting: list[str], problems: list[str]) -> tuple[
     flags = {s for s, n in names.items() if kinds[n].kind == "bool"} | {"json", "debug", "amp"}
     if key.startswith("no_") and key[3:] in flags:
         return key[3:], "false"
-    follows = waiting and not waiting[0].startswith("--")
+    follows = waiting and not _is_option(waiting[0])
     if key in flags and (not follows or waiting[0].lower() not in ("true", "false", "1", "0", "yes", "no", "on", "off")):
         return key, "true"
     if not follows:

@@ -43,7 +43,7 @@ def fit(
     Raises:
         Stopped: a signal asked for it; a checkpoint was written.
         TrainingError: 20 updates in a row were not finite.
-        OutOfMemory: one sample at a time does not fit.
+        OutOfMemory: the smallest micro-batch does not fit.
         StorageError: a checkpoint could not be written.
     """
     epoch = _Epoch(state, journal)
@@ -182,15 +182,17 @@ def _halve_micro_batch(state: TrainState, train: TrainingData, journal: Journal,
     """Twice as many micro-batches of half the size: the batch and its mathematics stay.
 
     Raises:
-        OutOfMemory: the micro-batch is one sample already.
+        OutOfMemory: the micro-batch is as small as it can be.
     """
     progress = state.progress
-    per_process = math.ceil(train.batch / context.ranks.size)
-    if progress.num_micro >= per_process:
-        raise OutOfMemory("Memory ran out with one sample at a time.", kept="the last checkpoint",
+    has_norm = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in state.model.modules())
+    smallest = 2 if has_norm else 1  # batch norm cannot normalise over one sample
+    most = max(1, train.batch // context.ranks.size // smallest)
+    if progress.num_micro >= most:
+        raise OutOfMemory(f"Memory ran out with {smallest} samples at a time.", kept="the last checkpoint",
                           next="use a smaller imgsz= or model=, or precision=bf16")  # fmt: skip
     state.optimizer.zero_grad(set_to_none=True)
-    progress.num_micro = min(2 * progress.num_micro, per_process)
+    progress.num_micro = min(2 * progress.num_micro, most)
     if context.device.kind == "cuda":
         torch.cuda.empty_cache()
     journal.step = progress.step

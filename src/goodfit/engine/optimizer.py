@@ -84,3 +84,9 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
     names = [name for group in optimizer.param_groups for name in group["parameter_names"]]
     state["state"] = {i: by_name[name] for i, name in enumerate(names) if name in by_name}
     optimizer.load_state_dict(state)
+    for parameter, entries in optimizer.state.items():
+        for entry, value in entries.items():
+            # The fused CPU kernels walk weights and moments side by side in memory, whatever their strides say: a
+            # channels-last weight with a contiguous moment would be updated with other weights' moments.
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                entries[entry] = torch.empty_like(parameter).copy_(value)

@@ -158,6 +158,8 @@ def _takes(name: str, argument: str) -> bool:
 
 
 def _check_weight_file(path: Path) -> None:
+    from goodfit.models.builder import read_shapes
+
     if path.suffix != ".safetensors":
         raise WeightsError(
             f"{path.suffix or 'This'} files can run code when they are read, so only .safetensors files are.",
@@ -166,6 +168,7 @@ def _check_weight_file(path: Path) -> None:
         )
     if not path.is_file():
         raise WeightsError("There is no such weight file.", where=str(path), next="check pretrained=FILE")
+    read_shapes(path)
 
 
 def match_file(path: Path) -> str:

@@ -20,7 +20,8 @@ def count_look(project: Path, test_sha256: str, *, run: str, weights_sha256: str
     row = {"test_sha256": test_sha256, "look": number, "run": run, "weights_sha256": weights_sha256}
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, (json.dumps(row) + "\n").encode())
+        torn = path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")  # a kill cut the last line
+        os.write(descriptor, (("\n" if torn else "") + json.dumps(row) + "\n").encode())
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
