@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from pictures import REAL_DATA, draw
+
 
 @pytest.fixture
 def make_images(tmp_path: Path) -> Callable[..., Path]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from pictures import draw
 
 import goodfit
+from pictures import draw
 
 
 @pytest.fixture(scope="session")

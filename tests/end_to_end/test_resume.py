@@ -15,8 +15,21 @@ import pytest
 import goodfit
 
 # Everything that draws random numbers or keeps state: dropout, mixup, cutmix, averaging, accumulation, uneven micro-batches.
-EVERYTHING = ("model=resnet10t", "epochs=4", "batch=18", "accumulate=4", "dropout=0.3", "mixup=0.2", "cutmix=0.5",
-              "ema=true", "deterministic=true", "rehearse=false", "augment=standard", "flip=0.5", "json=true")  # fmt: skip
+EVERYTHING = (
+    "model=resnet10t",
+    "epochs=4",
+    "batch=18",
+    "accumulate=4",
+    "dropout=0.3",
+    "mixup=0.2",
+    "cutmix=0.5",
+    "ema=true",
+    "deterministic=true",
+    "rehearse=false",
+    "augment=standard",
+    "flip=0.5",
+    "json=true",
+)
 
 
 def start(*words: str, cwd: Path) -> subprocess.Popen[str]:
@@ -62,7 +75,9 @@ def test_stopped_in_mid_epoch_and_resumed_with_other_workers(bars, uninterrupted
     out, err = process.communicate(timeout=120)
     assert process.returncode == code, err
     told = last_json(out)
-    assert told["status"] == "stopped" and told["kept"].startswith("checkpoint step-") and "goodfit resume" in told["next"]
+    assert (
+        told["status"] == "stopped" and told["kept"].startswith("checkpoint step-") and "goodfit resume" in told["next"]
+    )
     assert "Traceback" not in err
     stopped_at = json.loads((run / "checkpoints" / "last" / "state.json").read_text())["progress"]
     assert 0 < stopped_at["step"] < uninterrupted["steps"]
@@ -73,7 +88,11 @@ def test_stopped_in_mid_epoch_and_resumed_with_other_workers(bars, uninterrupted
     assert result["state_sha256"] == uninterrupted["state_sha256"]
     assert result["weights_sha256"] == uninterrupted["weights_sha256"]
     rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
-    whole = list(csv.DictReader(Path(uninterrupted["run"], "metrics.csv").read_text().splitlines())) if Path(uninterrupted["run"]).exists() else []
+    whole = (
+        list(csv.DictReader(Path(uninterrupted["run"], "metrics.csv").read_text().splitlines()))
+        if Path(uninterrupted["run"]).exists()
+        else []
+    )
     assert [int(r["epoch"]) for r in rows] == [1, 2, 3, 4]
     for mine, other in zip(rows, whole, strict=bool(whole)):
         assert {k: mine[k] for k in ("step", "lr", "train/loss", "val/loss")} == {

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pictures import REPOSITORY, draw, folder_hash
 from PIL import Image
 from safetensors.torch import load_file
 
 import goodfit
 from goodfit.runtime import Predictor
+from pictures import REPOSITORY, draw, folder_hash
 
 
 def test_the_run_learned(finished):
@@ -58,7 +58,9 @@ def test_the_bundle_predicts_what_the_final_test_saw(finished):
 
 def test_the_bundle_is_complete_and_its_parity_was_measured(finished):
     card = json.loads((finished.bundle / "bundle.json").read_text())
-    assert 0 <= card["parity"]["max_difference"] <= card["parity"]["tolerance"] and card["parity"]["num_files"] == 27 + 5
+    assert (
+        0 <= card["parity"]["max_difference"] <= card["parity"]["tolerance"] and card["parity"]["num_files"] == 27 + 5
+    )
     assert card["labels"] == ["class0", "class1", "class2"] and card["licence"].startswith("none")
     assert card["versions"]["torch"] == metadata.version("torch") and card["latency"]["p50_ms"] > 0
     names = {p.name for p in finished.bundle.iterdir()}
@@ -82,9 +84,9 @@ def test_a_changed_bundle_is_refused(finished, tmp_path):
 def test_parity_refuses_a_wrong_export(finished):
     """The control: weights that differ a little from the exported ones are noticed."""
     from goodfit.api.assemble import assemble
+    from goodfit.api.train import reopen
     from goodfit.core.errors import ExportError
     from goodfit.core.journal import Journal
-    from goodfit.api.train import reopen
     from goodfit.outcome.export import _WithNormalisation, check_parity
 
     parts = reopen(finished, Journal(None))
@@ -139,7 +141,10 @@ def test_predict_needs_only_numpy_pillow_and_onnxruntime(finished, bars, tmp_pat
     check = "import importlib.util as u; print([m for m in ('torch','timm','yaml','rich','psutil') if u.find_spec(m)])"
     seen = subprocess.run([python, "-c", check], env=environment, capture_output=True, text=True, check=True)
     assert seen.stdout.strip() == "[]", "the environment is not as bare as it should be"
-    for words in (["-m", "goodfit", "predict", str(finished.bundle), image], [str(finished.bundle / "predict.py"), image]):
+    for words in (
+        ["-m", "goodfit", "predict", str(finished.bundle), image],
+        [str(finished.bundle / "predict.py"), image],
+    ):
         done = subprocess.run([python, *words], env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert "class2" in done.stdout

@@ -66,7 +66,9 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(bars, tmp_path
     journal = Journal(tmp_path / "events.jsonl")
     run_fit(survived, tmp_path / "survived", journal)
     assert survived.state.progress.num_micro == 4 and survived.state.step == direct.state.step
-    assert tensors_sha256({"": survived.state.model.state_dict()}) == tensors_sha256({"": direct.state.model.state_dict()})
+    assert tensors_sha256({"": survived.state.model.state_dict()}) == tensors_sha256(
+        {"": direct.state.model.state_dict()}
+    )
     said = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [e["value"] for e in said if e["event"] == "decision"] == [2, 4]
 

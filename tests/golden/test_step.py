@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,7 +127,10 @@ def test_the_mean_of_means_would_not_pass():
     one, many = make_state(network().double(), "sgd"), make_state(network().double(), "sgd")
     run_steps(one, context(MeanOfMeans()), [chop(data, (12,))], 1)
     run_steps(many, context(MeanOfMeans()), [chop(data, (9, 3))], 1)
-    gap = max(float((p - q).detach().abs().max()) for p, q in zip(one.model.parameters(), many.model.parameters(), strict=True))
+    gap = max(
+        float((p - q).detach().abs().max())
+        for p, q in zip(one.model.parameters(), many.model.parameters(), strict=True)
+    )
     assert gap > 1e-4
 
 
@@ -200,9 +204,11 @@ def test_fp16_scale_halves_on_overflow_and_grows_again():
 
 
 def test_optimizers_equal_torch_over_many_steps():
-    for kind, make in (("adamw", lambda p: torch.optim.AdamW(p, lr=0.05, betas=(0.9, 0.999), weight_decay=0.01)),
-                       ("adam", lambda p: torch.optim.Adam(p, lr=0.05, betas=(0.9, 0.999), weight_decay=0.01)),
-                       ("sgd", lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01))):  # fmt: skip
+    for kind, make in (
+        ("adamw", lambda p: torch.optim.AdamW(p, lr=0.05, betas=(0.9, 0.999), weight_decay=0.01)),
+        ("adam", lambda p: torch.optim.Adam(p, lr=0.05, betas=(0.9, 0.999), weight_decay=0.01)),
+        ("sgd", lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01)),
+    ):
         ours, theirs = network().double(), network().double()
         state, reference = make_state(ours, kind), make(theirs.parameters())
         for number in range(200):
@@ -211,7 +217,9 @@ def test_optimizers_equal_torch_over_many_steps():
             reference.zero_grad()
             nn.functional.cross_entropy(theirs(data["x"]), data["y"]).backward()
             reference.step()
-        gap = max(float((p - q).detach().abs().max()) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True))
+        gap = max(
+            float((p - q).detach().abs().max()) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True)
+        )
         assert gap < 1e-7, kind
 
 
@@ -261,12 +269,16 @@ def test_optimizer_state_survives_its_file_form(make, kind):
 def test_schedules():
     wsd = plan_schedule("wsd", epochs=10, warmup=1, lrf=0.0, steps_per_epoch=10)
     assert wsd.factor(0) == pytest.approx(0.1) and wsd.factor(9) == 1 == wsd.factor(50) == wsd.factor(80)
-    assert wsd.stable_until == 80 and wsd.factor(90) == pytest.approx(0.5) and wsd.factor(100) == pytest.approx(0, abs=1e-9)
+    assert (
+        wsd.stable_until == 80
+        and wsd.factor(90) == pytest.approx(0.5)
+        and wsd.factor(100) == pytest.approx(0, abs=1e-9)
+    )
     cosine = plan_schedule("cosine", epochs=10, warmup=0, lrf=0.1, steps_per_epoch=10)
-    assert cosine.factor(0) == 1 and cosine.factor(50) == pytest.approx(0.55) and cosine.factor(100) == pytest.approx(0.1)
+    assert (
+        cosine.factor(0) == 1 and cosine.factor(50) == pytest.approx(0.55) and cosine.factor(100) == pytest.approx(0.1)
+    )
     cooled = wsd.cool_down(40, 20)
     assert cooled.factor(40) == 1 and cooled.factor(50) == pytest.approx(0.5) and cooled.total_steps == 60
     factors = [wsd.factor(s) for s in range(101)]
-    assert all(b <= a for a, b in zip(factors[10:], factors[11:], strict=False)), "falls only, once warmed up"
-
-
+    assert all(b <= a for a, b in itertools.pairwise(factors[10:])), "falls only, once warmed up"

@@ -37,12 +37,58 @@ PUBLIC = [
     "TrainingError", "WeightsError", "audit", "demo", "plan", "predict", "resume", "test", "train",
 ]  # fmt: skip
 
-OPTIONS = (
-    "data model pretrained epochs batch imgsz device seed project name exist_ok plan task format image_column "
-    "label_column split_column group split split_seed fraction max_bad cache workers augment flip mixup cutmix optimizer "
-    "lr head_lr weight_decay momentum schedule warmup lrf accumulate clip label_smoothing dropout drop_path ema patience "
-    "min_delta monitor precision channels_last threads deterministic rehearse"
-).split()
+OPTIONS = [
+    "data",
+    "model",
+    "pretrained",
+    "epochs",
+    "batch",
+    "imgsz",
+    "device",
+    "seed",
+    "project",
+    "name",
+    "exist_ok",
+    "plan",
+    "task",
+    "format",
+    "image_column",
+    "label_column",
+    "split_column",
+    "group",
+    "split",
+    "split_seed",
+    "fraction",
+    "max_bad",
+    "cache",
+    "workers",
+    "augment",
+    "flip",
+    "mixup",
+    "cutmix",
+    "optimizer",
+    "lr",
+    "head_lr",
+    "weight_decay",
+    "momentum",
+    "schedule",
+    "warmup",
+    "lrf",
+    "accumulate",
+    "clip",
+    "label_smoothing",
+    "dropout",
+    "drop_path",
+    "ema",
+    "patience",
+    "min_delta",
+    "monitor",
+    "precision",
+    "channels_last",
+    "threads",
+    "deterministic",
+    "rehearse",
+]
 
 
 def sources() -> list[Path]:
@@ -177,7 +223,9 @@ def test_four_hops_from_command_to_update():
 
 def test_nothing_runs_code_from_files():
     """No pickle, eval, exec, yaml tags or shell on any path: `yaml.load` only with the restricted loader."""
-    pattern = re.compile(r"\b(pickle|marshal|shelve|joblib)\b|\b(eval|exec)\(|torch\.load\(|shell=True|extractall|os\.system")
+    pattern = re.compile(
+        r"\b(pickle|marshal|shelve|joblib)\b|\b(eval|exec)\(|torch\.load\(|shell=True|extractall|os\.system"
+    )
     found = []
     for path in sources():
         for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):

@@ -85,7 +85,8 @@ def test_yaml_reads_as_people_mean_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["lr: 1\nlr: 2\n", "a: &x [1]\nb: *x\n", "!!python/object/apply:os.system ['touch marker']", "- 1\n", "[" * 5000]
+    "text",
+    ["lr: 1\nlr: 2\n", "a: &x [1]\nb: *x\n", "!!python/object/apply:os.system ['touch marker']", "- 1\n", "[" * 5000],
 )
 def test_yaml_refuses(tmp_path, text, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -145,7 +146,9 @@ def test_rules():
 
 
 def test_missing_weights_that_nobody_asked_for_are_said():
-    plan = resolve(TrainRequest(), facts(model={"weights_kind": "none", "weights": "", "weights_problem": "no network"}))
+    plan = resolve(
+        TrainRequest(), facts(model={"weights_kind": "none", "weights": "", "weights_problem": "no network"})
+    )
     assert plan.pretrained.value == "false" and "no network" in plan.pretrained.reason
 
 

@@ -6,7 +6,6 @@ import shutil
 
 import numpy as np
 import pytest
-from pictures import draw, folder_hash
 from PIL import Image
 
 from goodfit.core.errors import DataError
@@ -19,6 +18,7 @@ from goodfit.data.split import SealedTest, split_dataset, subset
 from goodfit.data.store import PictureStore
 from goodfit.runtime.images import Preprocessing
 from goodfit.tasks.classify import ClassifyTask
+from pictures import draw, folder_hash
 
 PREPROCESSING = Preprocessing(size=16, resize=16, interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3)
 
@@ -57,7 +57,9 @@ def test_the_split_depends_on_content_and_seed_not_on_names(make_images, tmp_pat
     assert data_hash(index, "test") != data_hash(other, "test")
 
 
-@pytest.mark.parametrize("names", [("train", "val", "test"), ("Training", "valid", "testing"), ("train", "test"), ("train", "dev")])
+@pytest.mark.parametrize(
+    "names", [("train", "val", "test"), ("Training", "valid", "testing"), ("train", "test"), ("train", "dev")]
+)
 def test_given_splits(make_images, tmp_path, names):
     start = 0
     for name in names:
@@ -244,7 +246,9 @@ def test_augmentation_is_a_function_of_its_key():
     keys = {"seed": 1, "epoch": 2, "samples": np.arange(32)}
     for name in ("light", "standard"):
         boxes = crop_boxes(PRESETS[name], **keys, sizes=sizes, size=16, resize=16)
-        part = crop_boxes(PRESETS[name], seed=1, epoch=2, samples=np.arange(32)[5:9], sizes=sizes[5:9], size=16, resize=16)
+        part = crop_boxes(
+            PRESETS[name], seed=1, epoch=2, samples=np.arange(32)[5:9], sizes=sizes[5:9], size=16, resize=16
+        )
         assert np.array_equal(boxes[5:9], part) and len(np.unique(boxes[:, 0])) > 16
     inside = crop_boxes(PRESETS["standard"], **keys, sizes=sizes, size=16, resize=16)
     assert (inside[:, :2] >= 0).all() and (inside[:, 2] <= 60.001).all() and (inside[:, 3] <= 40.001).all()

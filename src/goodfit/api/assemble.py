@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -149,6 +150,7 @@ def execution(plan: Plan) -> Iterator[None]:
         try:
             torch.set_num_threads(plan.threads.value)
             if plan.deterministic.value:
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
                 torch.use_deterministic_algorithms(True)
                 torch.backends.cudnn.benchmark = False
             else:

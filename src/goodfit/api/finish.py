@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,7 +52,9 @@ def final_test(run: Run, parts: Parts, journal: Journal) -> dict[str, Any]:
         model = parts.state.model
         digest = tensors_sha256({"": dict(model.state_dict())})
         look = count_look(run.path.parent, sealed.sha256, run=run.path.name, weights_sha256=digest)
-        precise = DevicePolicy(kind=parts.plan.device.value, precision="fp32", channels_last=parts.plan.channels_last.value)
+        precise = DevicePolicy(
+            kind=parts.plan.device.value, precision="fp32", channels_last=parts.plan.channels_last.value
+        )
         meter = evaluate(model, parts.eval_loader(rows), task=parts.task, transform=parts.context.transform,
                          device=precise, ranks=parts.context.ranks)  # fmt: skip
         assert isinstance(meter, ClassificationMeter)
@@ -63,7 +64,9 @@ def final_test(run: Run, parts: Parts, journal: Journal) -> dict[str, Any]:
                               majority=majority_class(index.targets[index.rows("train")]),
                               targets=index.targets[rows])  # fmt: skip
         write_json(run.path / "test.json", result)
-        journal.emit("test", **{k: result[k] for k in ("n", "look", "accuracy", "low", "high", "macro_f1", "baselines")})
+        journal.emit(
+            "test", **{k: result[k] for k in ("n", "look", "accuracy", "low", "high", "macro_f1", "baselines")}
+        )
         note.text = describe_test(result)
     return result
 
@@ -114,7 +117,9 @@ def bundle_stage(run: Run, parts: Parts, journal: Journal, test: dict[str, Any])
         card = {
             **parts.task.describe(),
             "model": plan.model.value,
-            "licence": plan.weights.reason.removeprefix("licence: ") if plan.weights.value else "none: trained from scratch",
+            "licence": plan.weights.reason.removeprefix("licence: ")
+            if plan.weights.value
+            else "none: trained from scratch",
             "weights": plan.weights.value,
             "data_sha256": data_hash(index),
             "metrics": {"val": best["metrics"] if best else {}, "test": test},
@@ -203,5 +208,3 @@ def write_result(run: Run, parts: Parts, checkpoints: Checkpoints, test: dict[st
     }
     write_json(run.path / "result.json", result)
     return result
-
-

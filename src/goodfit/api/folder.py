@@ -89,6 +89,26 @@ def open_run(path: str | Path) -> Run:
     return Run(folder)
 
 
+def check_name(request: TrainRequest) -> None:
+    """Refuse an asked name that is taken, before any work is done.
+
+    Raises:
+        RequestError: the name is not a plain name, or a run has it.
+    """
+    name, project = request.name, Path(request.project or DEFAULT_PROJECT)
+    if name is None:
+        return
+    if name in ("", ".", "..") or "/" in name or "\\" in name:
+        raise RequestError(f"name={name}: a plain folder name is needed.", next="use project= for the parent folder")
+    if (project / name).exists() and not request.exist_ok:
+        raise RequestError(
+            "A run of this name exists.",
+            where=str(project / name),
+            kept="that run",
+            next=f"goodfit resume {project / name}, or another name=, or exist_ok=true to set it aside",
+        )
+
+
 def create_folder(request: TrainRequest, stem: str) -> Path:
     """Make the folder of a new run; two starts at one moment get two folders.
 
@@ -102,7 +122,8 @@ def create_folder(request: TrainRequest, stem: str) -> Path:
     with storage_errors(project):
         project.mkdir(parents=True, exist_ok=True)
     if request.name is not None:
-        return _named_folder(project, request.name, exist_ok=bool(request.exist_ok))
+        check_name(request)
+        return _named_folder(project, request.name)
     clean = re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "run"
     for number in range(1, 100_000):
         path = project / f"{clean}-{number}"
@@ -113,17 +134,14 @@ def create_folder(request: TrainRequest, stem: str) -> Path:
         except StorageError as error:
             if not isinstance(error.__cause__, FileExistsError):
                 raise
-    raise RequestError("There are too many runs of this name.", where=str(project), next="use another name= or project=")
+    raise RequestError(
+        "There are too many runs of this name.", where=str(project), next="use another name= or project="
+    )
 
 
-def _named_folder(project: Path, name: str, *, exist_ok: bool) -> Path:
-    if name in ("", ".", "..") or "/" in name or "\\" in name:
-        raise RequestError(f"name={name}: a plain folder name is needed.", next="use project= for the parent folder")
+def _named_folder(project: Path, name: str) -> Path:
     path = project / name
     if path.exists():
-        if not exist_ok:
-            raise RequestError("A run of this name exists.", where=str(path), kept="that run",
-                               next=f"goodfit resume {path}, or another name=, or exist_ok=true to set it aside")  # fmt: skip
         number = next(n for n in range(1, 100_000) if not (project / f"{name}.replaced-{n}").exists())
         with storage_errors(path):
             path.rename(project / f"{name}.replaced-{number}")
@@ -143,5 +161,3 @@ def load_request(folder: Path) -> TrainRequest:
     from goodfit.config.yaml12 import read_yaml
 
     return parse_request(read_yaml(folder / REQUEST))
-
-

@@ -29,7 +29,11 @@ def predict(bundle: str | Path, images: Sequence[str | Path]) -> list[dict[str, 
     files: list[str | Path | bytes] = []
     for image in images:
         folder = Path(image)
-        files += sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")) if folder.is_dir() else [folder]  # fmt: skip
+        files += (
+            sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+            if folder.is_dir()
+            else [folder]
+        )
     if not files:
         raise DataError("There are no images to predict.", next="goodfit predict BUNDLE IMAGE... or a folder of images")
     return Predictor(path).predict(files)

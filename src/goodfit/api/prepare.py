@@ -84,7 +84,7 @@ def read_and_audit(request: TrainRequest, journal: Journal, base: Plan | None = 
         reading = read_dataset(Path(request.data), format=request.format, columns=columns)
         given = reading.given_splits
         how = f"{'/'.join(given)} given" if given else f"no split given → {decided.split.value} stratified"
-        note.text = (f"{len(reading.index):,} images, {len(reading.index.class_names)} classes, {reading.note}, {how}")
+        note.text = f"{len(reading.index):,} images, {len(reading.index.class_names)} classes, {reading.note}, {how}"
     with stage(journal, "audit") as note:
         audit = audit_dataset(reading, max_bad=decided.max_bad.value)
         index = split_dataset(audit.index, shares=decided.split.value, split_seed=decided.split_seed.value, given=given)
@@ -101,7 +101,7 @@ def _check_splits(index: DatasetIndex) -> None:
     for split in SPLITS:
         counts = np.bincount(index.targets[index.rows(split)], minlength=len(index.class_names))
         missing = [n for n, c in zip(index.class_names, counts, strict=True) if c == 0]
-        if missing and split == "train" or not counts.any():
+        if (missing and split == "train") or not counts.any():
             raise DataError(f"The {split} split has no image of {', '.join(missing)}.", where=str(index.root),
                             next="add images of that class to it, or leave the split to goodfit")  # fmt: skip
 

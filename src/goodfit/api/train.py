@@ -10,7 +10,7 @@ from typing import Any
 
 from goodfit.api.assemble import Parts, assemble, execution, run_hashes
 from goodfit.api.finish import bundle_stage, final_test, load_best, report_stage, write_result
-from goodfit.api.folder import AUDIT, PLAN, SPLIT, Run, create_folder, open_run, save_request
+from goodfit.api.folder import AUDIT, PLAN, SPLIT, Run, check_name, create_folder, open_run, save_request
 from goodfit.api.prepare import base_plan, decide, read_and_audit, stage
 from goodfit.config.parse import read_request
 from goodfit.config.plan import Plan
@@ -43,6 +43,7 @@ def train(data: str | Path | None = None, **asked: Any) -> Run:
         GoodfitError: see goodfit.core.errors; a run that was stopped can be resumed.
     """
     request = read_request({"data": data, **asked} if data is not None else asked)
+    check_name(request)
     base = base_plan(request)
     journal = Journal(None, (Terminal(),))
     audited = read_and_audit(request, journal, base)
@@ -220,4 +221,3 @@ def _recorded(journal: Journal, folder: Path) -> Iterator[None]:
         raise
     finally:
         journal.close()
-

@@ -70,7 +70,9 @@ def _without_equals(key: str, waiting: list[str], problems: list[str]) -> tuple[
     if key.startswith("no_") and key[3:] in flags:
         return key[3:], "false"
     follows = waiting and not _is_option(waiting[0])
-    if key in flags and (not follows or waiting[0].lower() not in ("true", "false", "1", "0", "yes", "no", "on", "off")):
+    if key in flags and (
+        not follows or waiting[0].lower() not in ("true", "false", "1", "0", "yes", "no", "on", "off")
+    ):
         return key, "true"
     if not follows:
         problems.append(f"--{key.replace('_', '-')}: a value is missing")

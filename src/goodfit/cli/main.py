@@ -6,7 +6,9 @@ import argparse
 import difflib
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 from goodfit import __version__
 from goodfit.cli.arguments import OUTPUT, split_words, take_output_options
 from goodfit.config.request import options
-from goodfit.core.errors import GoodfitError, RequestError
+from goodfit.core.errors import GoodfitError, RequestError, Stopped
 
 Words = list[str]
 Asked = dict[str, Any]
@@ -88,7 +90,9 @@ def plan(places: Words, asked: Asked) -> Answer:
 
     value = plan(_one(places, asked, "data"), **asked).plan.to_dict()
     width = max(len(name) for name in value["decisions"])
-    lines = [f"{n:<{width}}  {_short(d['value']):<28} {d['source']:<9} {d['reason']}" for n, d in value["decisions"].items()]
+    lines = [
+        f"{n:<{width}}  {_short(d['value']):<28} {d['source']:<9} {d['reason']}" for n, d in value["decisions"].items()
+    ]
     return Answer(value, lines)
 
 
@@ -98,13 +102,18 @@ def predict(places: Words, asked: Asked) -> Answer:
 
     table = asked.pop("table", "false").lower() == "true"
     if asked:
-        raise RequestError(f"predict does not take {', '.join(asked)}.", next="goodfit predict BUNDLE IMAGE... table=true")
+        raise RequestError(
+            f"predict does not take {', '.join(asked)}.", next="goodfit predict BUNDLE IMAGE... table=true"
+        )
     if not places:
         raise RequestError("No bundle was given.", next="goodfit predict BUNDLE IMAGE...")
     rows = predict(places[0], places[1:])
     if table:
         width = max(len(row["image"]) for row in rows)
-        lines = [f"{r['image']:<{width}}  {r.get('label') or 'error: ' + r['error']}  {r.get('probability', '')}" for r in rows]
+        lines = [
+            f"{r['image']:<{width}}  {r.get('label') or 'error: ' + r['error']}  {r.get('probability', '')}"
+            for r in rows
+        ]
     else:
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     failed = sum("error" in row for row in rows)
@@ -124,9 +133,11 @@ USAGE = {
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0 done, 2 request, 3 data, 4 storage, 5 training, 130/143 stopped."""
     words = list(sys.argv[1:] if words is None else words)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     output = {"json": any(w.lstrip("-") in ("json", "json=true", "json=1") for w in words), "debug": False}
     try:
-        if not words or words[0] in ("-h", "--help", "help") and len(words) == 1:
+        if not words or (words[0] in ("-h", "--help", "help") and len(words) == 1):
             print(_overview())
             return 0
         if words[0] in ("--version", "version"):
@@ -153,15 +164,24 @@ def main(words: Sequence[str] | None = None) -> int:
     except Exception as error:  # a bug of ours; say so in the same form
         if output["debug"]:
             raise
-        bug = GoodfitError(f"An error that goodfit did not foresee: {type(error).__name__}: {error}",
-                           kept="everything that was written before", next="run again with debug=true and report it")  # fmt: skip
+        bug = GoodfitError(
+            f"An error that goodfit did not foresee: {type(error).__name__}: {error}",
+            kept="everything that was written before",
+            next="run again with debug=true and report it",
+        )
         return _fail(bug, **output)
 
 
-def _interrupted() -> GoodfitError:
-    from goodfit.core.errors import Stopped
+def _terminate(_number: int, _frame: object) -> None:
+    """SIGTERM outside of training, where the loop handles it: leave at once, in the usual form."""
+    raise Stopped("Stopped at once by SIGTERM.", exit_code=143, kept="every checkpoint that was written",
+                  next="goodfit resume RUN, if a run began")  # fmt: skip
 
-    return Stopped("Stopped at once.", kept="every checkpoint that was written", next="goodfit resume RUN, if a run began")
+
+def _interrupted() -> GoodfitError:
+    return Stopped(
+        "Stopped at once.", kept="every checkpoint that was written", next="goodfit resume RUN, if a run began"
+    )
 
 
 def _print(answer: Answer, as_json: bool) -> int:

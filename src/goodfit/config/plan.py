@@ -98,7 +98,7 @@ class Plan:
         expected = {f.name: str(f.type) for f in fields(cls)}
         problems = [f"{name}: no such decision" for name in table if name not in expected]
         problems += [f"{name}: missing" for name in expected if name not in table]
-        found = {}
+        found: dict[str, Any] = {}
         for name, type_text in expected.items():
             row = table.get(name)
             if not isinstance(row, dict):

@@ -61,9 +61,7 @@ class TrainRequest:
     split_seed: int | None = _ask("int", "Data", "seed of the split alone", low=0, high=2**31 - 1)
     fraction: float | None = _ask("float", "Data", "share of the training split to use", low=0.0001, high=1.0)
     max_bad: float | None = _ask("float", "Data", "share of unusable images that stops the run", low=0.0, high=1.0)
-    cache: str | None = _ask(
-        "choice", "Data", "keep decoded training images: ram or off", choices=("ram", "off")
-    )
+    cache: str | None = _ask("choice", "Data", "keep decoded training images: ram or off", choices=("ram", "off"))
     workers: int | None = _ask("int", "Data", "loader processes; 0 loads in the main process",
                                aliases=("num_workers",), low=0, high=256)  # fmt: skip
 

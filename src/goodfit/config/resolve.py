@@ -7,7 +7,6 @@ patience 50, split 70/15/15. Each deviation carries its reason.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,7 +22,9 @@ BATCH = 64
 MIN_BATCH = 16
 MIN_STEPS_PER_EPOCH = 20
 LR = {"adamw": 1e-3, "adam": 1e-3, "sgd": 0.05}  # at batch 64
-BACKBONE_LR = 0.3  # of the rate from scratch, where the backbone is pretrained (trashnet: 1.0 lost 4 points, see dev/LOG.md)
+BACKBONE_LR = (
+    0.3  # of the rate from scratch, where the backbone is pretrained (trashnet: 1.0 lost 4 points, see dev/LOG.md)
+)
 HEAD_LR = 10  # times the rate of a pretrained backbone
 MODEL_FOR_SMALL_PICTURES = "resnet10t"
 MODEL_FOR_PHOTOS = "resnet18.a1_in1k"
@@ -54,13 +55,13 @@ class _Chooser:
         self.request = request
         self.base = base
 
-    def __call__(self, name: str, rule: T | Callable[[], T], reason: str) -> Decision[T]:
+    def __call__(self, name: str, rule: T, reason: str) -> Decision[T]:
         asked = getattr(self.request, name)
         if asked is not None:
             return Decision(asked, "asked for", "asked")
         if self.base is not None:
-            return getattr(self.base, name)  # type: ignore[no-any-return]
-        return Decision(rule() if callable(rule) else rule, reason, "rule")
+            return getattr(self.base, name)
+        return Decision(rule, reason, "rule")
 
 
 def resolve_data(request: TrainRequest, base: Plan | None = None) -> DataPlan:
@@ -114,7 +115,7 @@ def resolve(request: TrainRequest, facts: Facts, base: Plan | None = None) -> Pl
     data, machine, model = facts.data, facts.machine, facts.model
     pretrained = model.weights_kind != "none"
     imgsz = _image_size(choose, data, machine, model, pretrained)
-    batch = choose("batch", lambda: _batch(data.num_train), _batch_reason(data.num_train))
+    batch = choose("batch", _batch(data.num_train), _batch_reason(data.num_train))
     accumulate = choose("accumulate", 1, "the batch fits at once")
     _check_batch(batch, accumulate, data)
     optimizer = choose("optimizer", "adamw", "steady over learning rates, the usual choice for fine-tuning")
@@ -124,17 +125,7 @@ def resolve(request: TrainRequest, facts: Facts, base: Plan | None = None) -> Pl
         **_data_decisions(request, data, base),
         **_model_decisions(request, facts, base),
         imgsz=imgsz,
-        preprocessing=Decision(
-            {
-                "size": imgsz.value,
-                "resize": max(imgsz.value, round(imgsz.value / model.crop_share)) if pretrained else imgsz.value,
-                "interpolation": model.interpolation,
-                "mean": list(model.mean),
-                "std": list(model.std),
-            },
-            "as the weights were trained" if pretrained else "the whole picture, ImageNet statistics",
-            "rule",
-        ),
+        preprocessing=_preprocessing(imgsz.value, model, pretrained),
         epochs=epochs,
         batch=batch,
         accumulate=accumulate,
@@ -142,11 +133,15 @@ def resolve(request: TrainRequest, facts: Facts, base: Plan | None = None) -> Pl
         lr=lr,
         head_lr=head_lr,
         weight_decay=choose(
-            "weight_decay", 0.01 if optimizer.value == "adamw" else 1e-4, "the guides' default; none on norms and biases"
+            "weight_decay",
+            0.01 if optimizer.value == "adamw" else 1e-4,
+            "the guides' default; none on norms and biases",
         ),
         momentum=choose("momentum", 0.9, "the usual value"),
-        schedule=choose("schedule", "wsd", "warm-up, stable, decay over the last fifth: can be extended and cooled down"),
-        warmup=choose("warmup", lambda: _warmup(epochs.value), "5 % of the epochs, at most 5"),
+        schedule=choose(
+            "schedule", "wsd", "warm-up, stable, decay over the last fifth: can be extended and cooled down"
+        ),
+        warmup=choose("warmup", _warmup(epochs.value), "5 % of the epochs, at most 5"),
         lrf=choose("lrf", 0.0, "decay to zero"),
         clip=choose("clip", 1.0, "a guard against rare large gradients"),
         **_regularisation(choose, data, model, pretrained),
@@ -201,17 +196,35 @@ def _image_size(
     choose: _Chooser, data: DataFacts, machine: MachineFacts, model: ModelFacts, pretrained: bool
 ) -> Decision[int]:
     if data.median_side <= SMALL_SIDE:
-        size, reason = max(32, math.ceil(data.median_side / 32) * 32), f"pictures of {data.median_side} px, up to a multiple of 32"
+        size, reason = (
+            max(32, math.ceil(data.median_side / 32) * 32),
+            f"pictures of {data.median_side} px, up to a multiple of 32",
+        )
     elif machine.device == "cpu":
         size, reason = min(160, model.native_imgsz), "a CPU: half the cost of 224 for a point or two"
     else:
-        size, reason = model.native_imgsz, "the size the weights were trained at" if pretrained else "the model's own size"
+        size, reason = (
+            model.native_imgsz,
+            "the size the weights were trained at" if pretrained else "the model's own size",
+        )
     decision = choose("imgsz", size, reason)
     rounded = max(model.stride, round(decision.value / model.stride) * model.stride)
     if rounded != decision.value:
         return Decision(rounded, f"{decision.value} {decision.reason}; {model.name} takes multiples of {model.stride}",
                         decision.source)  # fmt: skip
     return decision
+
+
+def _preprocessing(imgsz: int, model: ModelFacts, pretrained: bool) -> Decision[dict[str, Any]]:
+    value = {
+        "size": imgsz,
+        "resize": max(imgsz, round(imgsz / model.crop_share)) if pretrained else imgsz,
+        "interpolation": model.interpolation,
+        "mean": list(model.mean),
+        "std": list(model.std),
+    }
+    reason = "as the weights were trained" if pretrained else "shorter side to the input size, centre cut out"
+    return Decision(value, reason, "rule")
 
 
 def _batch(num_train: int) -> int:
@@ -274,7 +287,9 @@ def _regularisation(choose: _Chooser, data: DataFacts, model: ModelFacts, pretra
     if augment.value == "off":
         flip = choose("flip", 0.0, "augmentation is off")
     elif data.grey_share > 0.5:
-        flip = choose("flip", 0.0, "grey pictures: may be characters or scans, where a mirror image means something else")
+        flip = choose(
+            "flip", 0.0, "grey pictures: may be characters or scans, where a mirror image means something else"
+        )
     else:
         flip = choose("flip", 0.5, "photos mean the same mirrored")
     drop_path = choose("drop_path", 0.0, "short training needs none")
@@ -322,5 +337,3 @@ def _execution(choose: _Chooser, facts: Facts, imgsz: int) -> dict[str, Any]:
             "loads beside the model" if accelerator or cache.value == "off" else "the cache makes them needless",
         ),
     }  # fmt: skip
-
-

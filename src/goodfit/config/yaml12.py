@@ -47,7 +47,7 @@ def _loader() -> Any:
     class Loader(yaml.SafeLoader):
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.events.AliasEvent):
-                event = self.peek_event()
+                event: Any = self.peek_event()  # type: ignore[no-untyped-call]
                 raise yaml.YAMLError(f"aliases are not read (line {event.start_mark.line + 1})")
             return super().compose_node(parent, index)
 
@@ -71,14 +71,12 @@ def _loader() -> Any:
         ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ):
         Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(rf"^(?:{pattern})$"), list(first))
-    Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+    Loader.add_constructor("tag:yaml.org,2002:int", lambda _loader, node: int(node.value))
     Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
-    Loader.add_constructor(
-        "tag:yaml.org,2002:bool", lambda loader, node: loader.construct_scalar(node).lower() == "true"
-    )
+    Loader.add_constructor("tag:yaml.org,2002:bool", lambda _loader, node: node.value.lower() == "true")
     return Loader
 
 
-def _construct_float(loader: Any, node: Any) -> float:
-    text = loader.construct_scalar(node).lower()
+def _construct_float(_loader: Any, node: Any) -> float:
+    text = str(node.value).lower()
     return float(text.replace(".inf", "inf").replace(".nan", "nan"))

@@ -34,7 +34,9 @@ def metrics_csv(epochs: Sequence[Event]) -> str:
     """The text of metrics.csv."""
     rows = metrics_rows(epochs)
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else ["segment", "epoch", "step"], lineterminator="\n")
+    writer = csv.DictWriter(
+        text, fieldnames=list(rows[0]) if rows else ["segment", "epoch", "step"], lineterminator="\n"
+    )
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

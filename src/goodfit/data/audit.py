@@ -96,8 +96,10 @@ def scan_file(path: Path) -> FileScan:
     except Exception as error:
         kind = "truncated" if isinstance(error, OSError | SyntaxError | EOFError | IndexError) else "unreadable"
         return FileScan(content, error=kind, message=f"The image is cut off or damaged: {error}")
-    digest = hashlib.blake2b(f"{pixels.shape}".encode() + image.getexif().get(274, 1).to_bytes(2, "big"), digest_size=16)
-    digest.update(np.ascontiguousarray(pixels))
+    digest = hashlib.blake2b(
+        f"{pixels.shape}".encode() + image.getexif().get(274, 1).to_bytes(2, "big"), digest_size=16
+    )
+    digest.update(np.ascontiguousarray(pixels).data)
     part = pixels[:: max(1, pixels.shape[0] // 64), :: max(1, pixels.shape[1] // 64)].astype(np.int16)
     grey = bool((part.max(axis=2) - part.min(axis=2)).max() <= 8) if part.size else False
     return FileScan(content, digest.hexdigest(), pixels.shape[1], pixels.shape[0], grey, wrong)
@@ -150,7 +152,9 @@ def _reading_findings(reading: Reading) -> list[Finding]:
         ("missing_label", "warning", reading.missing_labels, "no class: left out", "move them into class folders"),
         ("missing_image", "warning", reading.missing_images, "the file does not exist: left out", "mend the list"),
     )
-    return [Finding(kind, severity, len(items), items, action, how) for kind, severity, items, action, how in rows if items]
+    return [
+        Finding(kind, severity, len(items), items, action, how) for kind, severity, items, action, how in rows if items
+    ]
 
 
 def _file_findings(index: DatasetIndex, scans: list[FileScan], splits: npt.NDArray[np.int8]) -> list[Finding]:
@@ -260,10 +264,19 @@ def _small_classes(index: DatasetIndex, given: tuple[str, ...]) -> tuple[Dataset
         return index, []
     left = [n for t, n in enumerate(index.class_names) if t not in gone]
     if len(left) < 2:
-        raise DataError(f"Fewer than two classes have enough different images to be split: {'; '.join(items)}.",
-                        where=str(index.root), next=f"add images: each class needs at least {MIN_PER_CLASS}")  # fmt: skip
-    finding = Finding("too_few", "warning", len(items), tuple(items),
-                      f"fewer than {MIN_PER_CLASS} different images: class left out", "add images of these classes")  # fmt: skip
+        raise DataError(
+            f"Fewer than two classes have enough different images to be split: {'; '.join(items)}.",
+            where=str(index.root),
+            next=f"add images: each class needs at least {MIN_PER_CLASS}",
+        )
+    finding = Finding(
+        "too_few",
+        "warning",
+        len(items),
+        tuple(items),
+        f"fewer than {MIN_PER_CLASS} different images: class left out",
+        "add images of these classes",
+    )
     return index.without_classes(gone), [finding]
 
 

@@ -110,5 +110,3 @@ def colour_factors(
 def flips(probability: float, *, seed: int, epoch: int, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
     """Which samples are mirrored. Shape (N,)."""
     return uniform(_FLIP, seed, epoch, samples) < probability
-
-

@@ -74,7 +74,9 @@ class ImageBatchTransform:
             side = round(size * (1 - share) ** 0.5)
             left, top = round(corner_x * (size - side)), round(corner_y * (size - side))
             mixed = images.clone()
-            mixed[:, :, top : top + side, left : left + side] = images[partner][:, :, top : top + side, left : left + side]
+            mixed[:, :, top : top + side, left : left + side] = images[partner][
+                :, :, top : top + side, left : left + side
+            ]
             share = 1 - side * side / (size * size)
         one_hot = torch.nn.functional.one_hot(targets, self.num_classes).to(torch.float32)
         batch["image"] = mixed

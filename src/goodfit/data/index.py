@@ -61,9 +61,7 @@ class DatasetIndex:
         kept = [t for t in range(len(self.class_names)) if t not in targets]
         renumber = np.full(len(self.class_names), -1, np.int64)
         renumber[kept] = np.arange(len(kept))
-        return replace(
-            self, class_names=tuple(self.class_names[t] for t in kept), targets=renumber[self.targets]
-        )
+        return replace(self, class_names=tuple(self.class_names[t] for t in kept), targets=renumber[self.targets])
 
 
 def data_hash(index: DatasetIndex, split: str | None = None) -> str:

@@ -125,7 +125,7 @@ class TrainLoader:
         import torch.utils.data
 
         yield from torch.utils.data.DataLoader(
-            _EpochChunks(self.samples, epoch, chunks),  # type: ignore[arg-type]
+            _EpochChunks(self.samples, epoch, chunks),
             batch_size=None,
             num_workers=min(self.workers, len(chunks)),
             prefetch_factor=2,

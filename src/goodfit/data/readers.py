@@ -14,7 +14,25 @@ from goodfit.core.errors import DataError
 from goodfit.data.index import NO_GROUP, NO_SPLIT, SPLITS, DatasetIndex
 
 IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .png .bmp .gif .tif .tiff .webp .ppm .pgm .pbm .pnm .avif .jp2 .tga .ico".split()
+    [
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".png",
+        ".bmp",
+        ".gif",
+        ".tif",
+        ".tiff",
+        ".webp",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".pnm",
+        ".avif",
+        ".jp2",
+        ".tga",
+        ".ico",
+    ]
 )
 SPLIT_SPELLINGS = {
     "train": ("train", "training", "trn"),
@@ -67,7 +85,9 @@ def read_dataset(data: Path, *, format: str | None = None, columns: Columns | No
     """
     columns = columns or Columns()
     if not data.exists():
-        raise DataError("There is no such file or folder.", where=str(data), next="check the path: goodfit train FOLDER")
+        raise DataError(
+            "There is no such file or folder.", where=str(data), next="check the path: goodfit train FOLDER"
+        )
     if data.is_file():
         if format == "folders" or data.suffix.lower() not in (".csv", ".tsv"):
             raise DataError("This is a file, and neither a CSV list nor a folder of class folders.", where=str(data),
@@ -76,8 +96,11 @@ def read_dataset(data: Path, *, format: str | None = None, columns: Columns | No
     lists = sorted(p for p in data.glob("*.[ct]sv") if p.is_file())
     if format == "csv" or columns != Columns():
         if len(lists) != 1:
-            raise DataError(f"The folder holds {len(lists)} CSV files, so it is not clear which one is the list.",
-                            where=str(data), next="give the CSV file itself: goodfit train FOLDER/list.csv")  # fmt: skip
+            raise DataError(
+                f"The folder holds {len(lists)} CSV files, so it is not clear which one is the list.",
+                where=str(data),
+                next="give the CSV file itself: goodfit train FOLDER/list.csv",
+            )
         return _read_csv(lists[0], columns)
     try:
         reading = _read_folders(data)

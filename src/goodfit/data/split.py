@@ -46,7 +46,9 @@ def split_dataset(index: DatasetIndex, *, shares: str, split_seed: int, given: t
     rooms = {split: _rooms(counts, float(share)) for split, share in wanted}
     for target in np.argsort(counts, kind="stable"):  # rare classes first: a group may bring other classes along
         rows = [r for r in order if pool[r] and index.targets[r] == target]
-        _cut(index, rows, splits, {split: int(room[target]) for split, room in rooms.items()}, index.class_names[target])
+        _cut(
+            index, rows, splits, {split: int(room[target]) for split, room in rooms.items()}, index.class_names[target]
+        )
     splits[splits == NO_SPLIT] = 0
     made = index.with_splits(splits)
     _check_groups(made)
@@ -73,9 +75,7 @@ def _content_order(index: DatasetIndex, seed: int) -> list[int]:
     return [int(r) for r in np.lexsort((keys, unit, hash64(_SPLIT, seed, unit)))]
 
 
-def _cut(
-    index: DatasetIndex, rows: list[int], splits: npt.NDArray[np.int8], rooms: dict[int, int], name: str
-) -> None:
+def _cut(index: DatasetIndex, rows: list[int], splits: npt.NDArray[np.int8], rooms: dict[int, int], name: str) -> None:
     """Move groups of one class from the pool into the wanted splits; what is left stays for train."""
     units: dict[int, list[int]] = {}
     placed = np.bincount(np.maximum(splits[rows], 0), minlength=3)  # with groups of other classes

@@ -121,7 +121,7 @@ class DevicePolicy:
     def place(self, model: torch.nn.Module) -> torch.nn.Module:
         """Move a model to the device, in the planned memory format; its weights stay float32."""
         if self.channels_last:
-            return model.to(self.torch_device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+            return model.to(self.torch_device, memory_format=torch.channels_last)
         return model.to(self.torch_device)
 
     def move(self, data: Any) -> Any:

@@ -271,4 +271,3 @@ def _diverged(step: int, count: int) -> TrainingError:
         kept="the last checkpoint, and the best; none of them holds a value that is not finite",
         next="use a lower lr=, or precision=fp32; the samples are named in events.jsonl",
     )
-

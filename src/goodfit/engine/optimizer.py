@@ -10,7 +10,9 @@ from torch import nn
 from goodfit.models.builder import ParameterGroup
 
 
-def build_optimizer(network: nn.Module, groups: list[ParameterGroup], *, kind: str, momentum: float) -> torch.optim.Optimizer:  # fmt: skip
+def build_optimizer(
+    network: nn.Module, groups: list[ParameterGroup], *, kind: str, momentum: float
+) -> torch.optim.Optimizer:
     """AdamW, Adam or SGD with Nesterov momentum from torch, fused: the fused kernels can mask an update on the device.
 
     Args:
@@ -55,12 +57,14 @@ def mask_update(optimizer: torch.optim.Optimizer, divisor: torch.Tensor, bad: to
         bad: bool scalar.
     """
     if optimizer.defaults.get("fused"):
-        optimizer.grad_scale = divisor.to(torch.float32)  # type: ignore[attr-defined]
-        optimizer.found_inf = bad.to(torch.float32)  # type: ignore[attr-defined]
+        optimizer.grad_scale = divisor.to(torch.float32)
+        optimizer.found_inf = bad.to(torch.float32)
     elif bool(bad):
         optimizer.zero_grad(set_to_none=True)
     else:
-        torch._foreach_div_([p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None], divisor)
+        torch._foreach_div_(
+            [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None], divisor
+        )
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

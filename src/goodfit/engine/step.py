@@ -131,7 +131,7 @@ class _TermSums:
         if self._apart:
             weights = {name: self._num_samples / counts[name] for name in counts}
             for number, parameter in enumerate(self._parameters):
-                parameter.grad = sum(self._apart[name][number] * weights[name] for name in counts)  # type: ignore[assignment]
+                parameter.grad = sum(self._apart[name][number] * weights[name] for name in counts)
         elif not self._alone:
             (count,) = counts.values()
             scale = scale * count / self._num_samples

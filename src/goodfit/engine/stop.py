@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import threading
@@ -26,7 +27,7 @@ class StopFlag:
     @property
     def exit_code(self) -> int:
         """130 after SIGINT, 143 after SIGTERM."""
-        return EXIT_CODES.get(self.signal or signal.SIGINT, 130)  # type: ignore[call-overload, no-any-return]
+        return EXIT_CODES.get(self.signal or signal.SIGINT, 130)  # type: ignore[call-overload]
 
     def __call__(self) -> bool:
         """Whether a stop was asked for."""
@@ -47,7 +48,5 @@ class StopFlag:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
-        try:
+        with contextlib.suppress(OSError):  # the terminal may be gone; the stop is not
             print("\nfinishing this step and saving; press Ctrl-C again to stop now", file=sys.stderr, flush=True)
-        except OSError:
-            pass  # the terminal is gone; the stop is not

@@ -196,5 +196,3 @@ def parameter_groups(network: nn.Module, plan: Plan) -> list[ParameterGroup]:
         )
         for part, names in table.items()
     ]
-
-

@@ -11,7 +11,14 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-STRENGTHS = (10.0, 1.0, 0.1, 0.01, 1e-3, 1e-4)  # of the L2 penalty, per sample; strongest first, each warm-starts the next
+STRENGTHS = (
+    10.0,
+    1.0,
+    0.1,
+    0.01,
+    1e-3,
+    1e-4,
+)  # of the L2 penalty, per sample; strongest first, each warm-starts the next
 TOLERANCE = 1e-5  # of the gradient's largest entry: converged
 
 

@@ -101,7 +101,9 @@ def _encode(image: Image.Image, format: str, **more: Any) -> bytes:
     return buffer.getvalue()
 
 
-def check_parity(predictor: Predictor, reference: nn.Module, files: Sequence[bytes], names: Sequence[str]) -> dict[str, Any]:
+def check_parity(
+    predictor: Predictor, reference: nn.Module, files: Sequence[bytes], names: Sequence[str]
+) -> dict[str, Any]:
     """Compare ONNX Runtime with torch on image files, from their bytes through `goodfit.runtime`.
 
     Run one by one and all in one batch, as a model that was exported with a fixed batch would fail on one of the two.
@@ -112,7 +114,9 @@ def check_parity(predictor: Predictor, reference: nn.Module, files: Sequence[byt
     Raises:
         ExportError: a difference is over the tolerance, or a predicted class differs.
     """
-    pixels = np.stack([predictor.preprocessing.pixels(data, where=name) for data, name in zip(files, names, strict=True)])
+    pixels = np.stack(
+        [predictor.preprocessing.pixels(data, where=name) for data, name in zip(files, names, strict=True)]
+    )
     with torch.inference_mode():
         expected = torch.cat([reference(torch.from_numpy(p[None])) for p in pixels]).numpy()
     tolerance = TOLERANCE * max(1.0, float(np.abs(expected).max()))

@@ -52,9 +52,6 @@ def final_result(
     }
 
 
-
-
-
 def _baseline(hits: int, total: int, reason: str) -> dict[str, Any]:
     low, high = wilson_interval(hits, total)
     return {"accuracy": hits / total, "low": low, "high": high, "what": reason}

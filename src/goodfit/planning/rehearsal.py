@@ -16,8 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -64,9 +62,7 @@ class _Plain:
     def __init__(self, transform: BatchTransform) -> None:
         self._transform = transform
 
-    def train(
-        self, batch: Any, *, epoch: int, step: int, rank: int, micro: int, samples: npt.NDArray[np.int64]
-    ) -> Any:
+    def train(self, batch: Any, *, epoch: int, step: int, rank: int, micro: int, samples: npt.NDArray[np.int64]) -> Any:
         return self._transform.evaluate(batch)
 
     def evaluate(self, batch: Any) -> Any:

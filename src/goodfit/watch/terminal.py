@@ -77,7 +77,10 @@ class Terminal:
         self._say("audit", f"{event['count']:,} {event['kind']}: {event['action']}{first}")
 
     def _on_segment(self, event: Event) -> None:
-        self._say("segment", f"{event['segment']}: {event['reason']} (step {event['parent']['step']}), {event['epochs']} epochs")
+        self._say(
+            "segment",
+            f"{event['segment']}: {event['reason']} (step {event['parent']['step']}), {event['epochs']} epochs",
+        )
 
     def _on_step(self, event: Event) -> None:
         if event.get("skipped"):
@@ -87,8 +90,12 @@ class Terminal:
             self._start = (time.monotonic(), event["step"])
         if self._fancy and not self._gone:
             self._open(event["total_steps"])
-            self._bar.update(self._task, completed=event["step"], total=event["total_steps"],
-                             note=f"loss {event['loss']:.3f} · {event['rate']:.0f} img/s · lr {event['lr']:.1e}")  # fmt: skip
+            self._bar.update(
+                self._task,
+                completed=event["step"],
+                total=event["total_steps"],
+                note=f"loss {event['loss']:.3f} · {event['rate']:.0f} img/s · lr {event['lr']:.1e}",
+            )
 
     def _on_epoch(self, event: Event) -> None:
         val, total = event["val"], event["total_steps"]
@@ -112,10 +119,10 @@ class Terminal:
         left = (event["total_steps"] - event["step"]) * (time.monotonic() - began) / (event["step"] - first)
         return f" · ETA {left / 60:.0f} min" if left >= 90 else f" · ETA {left:.0f} s"
 
-    def _on_failed(self, event: Event) -> None:
+    def _on_failed(self, _event: Event) -> None:
         self._close()
 
-    def _on_done(self, event: Event) -> None:
+    def _on_done(self, _event: Event) -> None:
         self._close()
 
     def _open(self, total: int) -> None:
