@@ -160,7 +160,7 @@ def test_one_more_look_is_counted(bars, tmp_path):
     project = str(tmp_path / "runs")
     run = goodfit.train(bars, epochs=1, project=project, batch=16, rehearse=False, name="a")
     assert run.metrics["test"]["look"] == 1
-    assert goodfit.test(run.path)["look"] == 2
+    assert goodfit.test(run.path)["metrics"]["test"]["look"] == 2
     other = goodfit.train(bars, epochs=1, project=project, batch=16, rehearse=False, name="b", seed=1)
     assert other.metrics["test"]["look"] == 3, "the same test split, looked at by another run"
 

@@ -102,10 +102,10 @@ def assemble(plan: Plan, index: DatasetIndex, *, workers: int | None = None) -> 
     val = EvalLoader(index, val_rows, preprocessing=preprocessing, batch=EVAL_BATCH, threads=plan.threads.value,
                      collate=task.collate, keep=len(val_rows) * 3 * preprocessing.size**2 <= KEEP_BYTES,
                      rank=ranks.rank, size=ranks.size)  # fmt: skip
-    store.warm(rows, plan.threads.value)
     network, weights = build_network(plan, len(index.class_names))
     network = device.place(network)
     state = _initial_state(plan, network, device, train.steps_per_epoch)
+    store.warm(rows, plan.threads.value)
     return Parts(
         plan=plan,
         index=index,
@@ -143,7 +143,8 @@ def run_hashes(plan: Plan, index: DatasetIndex) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def execution(plan: Plan) -> Iterator[None]:
-    """Threads, determinism and random state as the plan says; everything is put back as it was at the end."""
+    """Threads, determinism and random state as the plan says; everything is put back at the end,
+    but for the variable that CUDA reads when it starts."""
     threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     benchmark = torch.backends.cudnn.benchmark
     with torch.random.fork_rng():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from goodfit.api.folder import DEFAULT_PROJECT, Run
 from goodfit.api.train import train
+from goodfit.config.parse import read_request
 from goodfit.core.errors import RequestError
 
 EPOCHS = 12
@@ -20,10 +22,15 @@ def demo(**asked: Any) -> Run:
     Raises:
         RequestError: scikit-learn, which carries the digits, is not installed.
     """
-    asked = {"epochs": EPOCHS, **asked}
-    folder = Path(str(asked.get("project") or DEFAULT_PROJECT)) / "digits"
+    request = read_request(asked)
+    if request.data is not None:
+        raise RequestError("The demo brings its own data.", where="data=", next=f"goodfit train {request.data}")
+    folder = Path(request.project or DEFAULT_PROJECT) / "digits"
     write_digits(folder)
-    return train(folder, **asked)
+    given = {f.name: getattr(request, f.name) for f in fields(request) if getattr(request, f.name) is not None}
+    if request.plan is None:
+        given.setdefault("epochs", EPOCHS)
+    return train(folder, **given)
 
 
 def write_digits(folder: Path) -> None:

@@ -170,11 +170,15 @@ def rate(run: Run) -> dict[str, float]:
 
 def commands(run: Run) -> list[str]:
     """How to do it again, from the command line and from Python."""
-    data = load_request(run.path).data or ""
-    plan = run.path / PLAN
+    request = load_request(run.path)
+    reading = ("format", "image_column", "label_column", "split_column", "group")  # the plan does not hold how to read
+    asked = {name: getattr(request, name) for name in reading if getattr(request, name) is not None}
+    asked["plan"] = str(run.path / PLAN)
+    words = " ".join(f"{name}={shlex.quote(value)}" for name, value in asked.items())
+    keywords = ", ".join(f"{name}={value!r}" for name, value in asked.items())
     return [
-        f"goodfit train {shlex.quote(data)} plan={shlex.quote(str(plan))}",
-        f"goodfit.train({data!r}, plan={str(plan)!r})",
+        f"goodfit train {shlex.quote(request.data or '')} {words}",
+        f"goodfit.train({request.data!r}, {keywords})",
         f"goodfit predict {shlex.quote(str(run.bundle))} IMAGE...",
     ]
 

@@ -15,6 +15,7 @@ from goodfit.config.plan import Plan, read_plan
 from goodfit.config.request import TrainRequest
 from goodfit.core.errors import RequestError, StorageError
 from goodfit.core.journal import Event, read_events
+from goodfit.core.lock import run_lock
 from goodfit.core.safeio import read_json, storage_errors, write_text
 
 DEFAULT_PROJECT = "runs"
@@ -143,7 +144,7 @@ def _named_folder(project: Path, name: str) -> Path:
     path = project / name
     if path.exists():
         number = next(n for n in range(1, 100_000) if not (project / f"{name}.replaced-{n}").exists())
-        with storage_errors(path):
+        with storage_errors(path), run_lock(path):  # not while a process writes to it
             path.rename(project / f"{name}.replaced-{number}")
     with storage_errors(path):
         path.mkdir()

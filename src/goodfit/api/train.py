@@ -14,14 +14,14 @@ from goodfit.api.folder import AUDIT, PLAN, SPLIT, Run, check_name, create_folde
 from goodfit.api.prepare import base_plan, decide, read_and_audit, stage
 from goodfit.config.parse import read_request
 from goodfit.config.plan import Plan
-from goodfit.config.request import TrainRequest
+from goodfit.config.request import TrainRequest, options
 from goodfit.core.errors import DataError, GoodfitError, Stopped, StorageError
-from goodfit.core.journal import Journal
+from goodfit.core.journal import Journal, read_lines
 from goodfit.core.lock import run_lock
 from goodfit.core.safeio import read_json, write_json, write_text
 from goodfit.data.index import read_split, write_split
 from goodfit.engine.checkpoint import Checkpoints, restore
-from goodfit.engine.loop import fit
+from goodfit.engine.loop import fit, halve_micro_batch, is_out_of_memory
 from goodfit.engine.stop import StopFlag
 from goodfit.models.builder import build_network
 from goodfit.planning.rehearsal import rehearse
@@ -70,7 +70,7 @@ def train(data: str | Path | None = None, **asked: Any) -> Run:
 def training(run: Run, parts: Parts, journal: Journal) -> Iterator[tuple[Checkpoints, StopFlag]]:
     """Around `fit`: the newest checkpoint is put into the state, metrics.csv is kept, signals become a flag."""
     checkpoints = Checkpoints(run.path / "checkpoints", run_hashes(parts.plan, parts.index))
-    continue_from(parts, checkpoints, journal)
+    continue_from(parts, checkpoints, journal, run.path / "events.jsonl")
     journal.listen(MetricsFile(run.path))
     with stage(journal, "train") as note:
         with StopFlag() as stop:
@@ -95,21 +95,30 @@ def finish(run: Run, parts: Parts, checkpoints: Checkpoints, journal: Journal) -
 def rehearsal_stage(parts: Parts, journal: Journal) -> None:
     """Stage `rehearse`: raises TrainingError if the model would not learn."""
     with stage(journal, "rehearse") as note:
-        found = rehearse(
-            parts.state.model, parts.context, build_optimizer=parts.optimizer_for,
-            rebuild=lambda: build_network(parts.plan, len(parts.index.class_names))[0], few=parts.few_samples(),
-            batch=parts.train.group(0, 0, parts.plan.accumulate.value),
-        )  # fmt: skip
+        found = None
+        while found is None:
+            try:
+                found = rehearse(
+                    parts.state.model, parts.context, build_optimizer=parts.optimizer_for,
+                    rebuild=lambda: build_network(parts.plan, len(parts.index.class_names))[0],
+                    few=parts.few_samples(), batch=parts.train.group(0, 0, parts.state.progress.num_micro),
+                )  # fmt: skip
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                halve_micro_batch(parts.state, parts.train, journal, parts.context)
         note.text = f"{found.describe()} · {found.bare_rate:,.0f} img/s bare step"
         note.fields = {"bare_rate": found.bare_rate}
 
 
-def continue_from(parts: Parts, checkpoints: Checkpoints, journal: Journal) -> None:
+def continue_from(parts: Parts, checkpoints: Checkpoints, journal: Journal, events: Path) -> None:
     """Put the newest valid checkpoint into the state, if there is one, and say so."""
     snapshot = checkpoints.latest()
     for damaged in checkpoints.damaged:
         journal.emit("stage", name="resume", text=f"passed over a damaged checkpoint: {damaged}")
     if snapshot is None:
+        if any(e["event"] in ("step", "epoch") for e in read_lines(events)):  # killed before its first checkpoint
+            journal.emit("run", resumed_from={"segment": 0, "step": 0})
         return
     restore(parts.state, snapshot)
     progress = parts.state.progress
@@ -138,6 +147,9 @@ def resume(run: str | Path, *, workers: int | None = None) -> Run:
     with run_lock(opened.path), _recorded(journal, opened.path):
         parts = reopen(opened, journal, workers=workers)
         with execution(parts.plan):
+            rehearsed = any(e["event"] == "stage" and e["name"] == "rehearse" for e in opened.events)
+            if parts.plan.rehearse.value and not rehearsed:
+                rehearsal_stage(parts, journal)
             with training(opened, parts, journal) as (checkpoints, stop):
                 fit(parts.state, parts.context, parts.train, parts.val, settings=parts.settings,
                     checkpoints=checkpoints, journal=journal, stop=stop)  # fmt: skip
@@ -165,7 +177,7 @@ def test(run: str | Path) -> dict[str, Any]:
     """Test a finished run's best weights once more on its sealed split: one more look, and it is counted.
 
     Returns:
-        The content of test.json.
+        The result of the run, as json=true prints it, with the new look's figures.
     """
     opened = open_run(run)
     journal = Journal(None, (Terminal(),))
@@ -178,7 +190,11 @@ def test(run: str | Path) -> dict[str, Any]:
         with execution(parts.plan):
             restore(parts.state, snapshot)
             load_best(parts, checkpoints)
-            return final_test(opened, parts, journal)
+            found = final_test(opened, parts, journal)
+            bundle = opened.bundle / "model.safetensors"
+            if not bundle.is_file():
+                raise StorageError("This run has no bundle yet.", where=str(run), next=f"goodfit resume {run}")
+            return write_result(opened, parts, checkpoints, found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +207,8 @@ class Planned:
 
 def audit(data: str | Path | None = None, **asked: Any) -> dict[str, Any]:
     """Read, audit and split a dataset, and stop there. Returns the content of audit.json; nothing is written."""
-    request = read_request({"data": data, **asked} if data is not None else asked)
+    allowed = [name for name, option in options().items() if option.group == "Data"]
+    request = read_request({"data": data, **asked} if data is not None else asked, allowed=["data", "plan", *allowed])
     return read_and_audit(request, Journal(None, (Terminal(),)), base_plan(request)).to_dict()
 
 

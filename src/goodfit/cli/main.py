@@ -59,7 +59,6 @@ def resume(places: Words, asked: Asked) -> Answer:
 
 def test(places: Words, asked: Asked) -> Answer:
     """Test a finished run once more; the look is counted."""
-    from goodfit.api.finish import describe_test
     from goodfit.api.train import test
     from goodfit.config.parse import parse_request
 
@@ -67,11 +66,11 @@ def test(places: Words, asked: Asked) -> Answer:
     parse_request(asked, allowed=())
     if run is None:
         raise RequestError("No run was given.", next="goodfit test runs/NAME")
-    found = test(run)
-    row = {k: found[k] for k in ("n", "low", "high", "look", "accuracy", "macro_f1", "loss")}
-    baselines = {name: base["accuracy"] if base else None for name, base in found["baselines"].items()}
-    value = {"status": "done", "run": run, "metrics": {"test": row}, "baselines": baselines}
-    return Answer(value, [f"test      {describe_test(found)}"])
+    value = test(run)
+    return Answer(
+        value,
+        [f"test      look {value['metrics']['test']['look']}: {100 * value['metrics']['test']['accuracy']:.1f} %"],
+    )
 
 
 def audit(places: Words, asked: Asked) -> Answer:
@@ -156,8 +155,8 @@ def main(words: Sequence[str] | None = None) -> int:
         return _print(COMMANDS[name](places, asked), output["json"])
     except GoodfitError as error:
         return _fail(error, **output)
-    except KeyboardInterrupt:
-        return _fail(_interrupted(), **output)
+    except KeyboardInterrupt as error:
+        return _fail(_interrupted(error), **output)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -172,16 +171,18 @@ def main(words: Sequence[str] | None = None) -> int:
         return _fail(bug, **output)
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, as an exception that no `except Exception` on the way catches."""
+
+
 def _terminate(_number: int, _frame: object) -> None:
     """SIGTERM outside of training, where the loop handles it: leave at once, in the usual form."""
-    raise Stopped("Stopped at once by SIGTERM.", exit_code=143, kept="every checkpoint that was written",
-                  next="goodfit resume RUN, if a run began")  # fmt: skip
+    raise _Terminated
 
 
-def _interrupted() -> GoodfitError:
-    return Stopped(
-        "Stopped at once.", kept="every checkpoint that was written", next="goodfit resume RUN, if a run began"
-    )
+def _interrupted(error: KeyboardInterrupt) -> GoodfitError:
+    return Stopped("Stopped at once.", exit_code=143 if isinstance(error, _Terminated) else 130,
+                   kept="every checkpoint that was written", next="goodfit resume RUN, if a run began")  # fmt: skip
 
 
 def _print(answer: Answer, as_json: bool) -> int:
@@ -209,20 +210,11 @@ def _fail(error: GoodfitError, *, json: bool, debug: bool) -> int:
 
 
 def _finished(run: Any) -> Answer:
-    from goodfit.api.finish import commands, describe_test
-    from goodfit.core.safeio import read_json
+    """The run's result; what it found was told on standard error, stage by stage."""
+    from goodfit.api.finish import commands
 
-    value = run.result
-    bundle = read_json(run.bundle / "bundle.json")
     again, python, use = commands(run)
-    lines = [
-        f"test      {describe_test(read_json(run.path / 'test.json'))}",
-        f"bundle    {run.bundle}  parity {bundle['parity']['max_difference']:.0e} on {bundle['parity']['num_files']} files",
-        f"report    {run.path / 'report.html'}",
-        f"again     {again}     python: {python}",
-        f"use       {use}",
-    ]
-    return Answer(value, lines)
+    return Answer(run.result, [f"again     {again}     python: {python}", f"use       {use}"])
 
 
 def _one(places: Words, asked: Asked, name: str) -> str | None:

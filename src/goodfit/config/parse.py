@@ -14,7 +14,7 @@ from goodfit.core.errors import RequestError
 
 _TRUE = ("true", "1", "yes", "on")
 _FALSE = ("false", "0", "no", "off")
-_DECIDE = ("auto", "none", "null", "")
+_DECIDE = ("auto", "null", "")
 
 
 class BadValue(ValueError):
@@ -33,23 +33,26 @@ def parse_request(asked: Mapping[str, Any], *, allowed: Sequence[str] | None = N
     """
     problems: list[str] = []
     values: dict[str, Any] = {}
+    amp = None
     names = spellings()
     for key, value in asked.items():
         spelling = str(key).replace("-", "_")
-        if spelling == "amp":
-            _ask_amp(values, value, problems)
+        if spelling == "amp" and (allowed is None or "precision" in allowed):
+            amp = value
             continue
         name = names.get(spelling)
         if name is None or (allowed is not None and name not in allowed):
             problems.append(unknown_option(spelling, names if allowed is None else allowed, known=name is not None))
             continue
-        if name in values and name != "precision":
+        if name in values:
             problems.append(f"{spelling}: given twice (an alias of {name})")
             continue
         try:
             values[name] = coerce(name, options()[name], value)
         except BadValue as error:
             problems.append(f"{spelling}={value}: {error}")
+    if amp is not None:
+        _ask_amp(values, amp, problems)
     if problems:
         count = "One option" if len(problems) == 1 else f"{len(problems)} options"
         raise RequestError(
@@ -85,7 +88,7 @@ def coerce(name: str, option: Option, value: Any) -> Any:
     Raises:
         BadValue: the value is of another type, not among the choices, or out of range.
     """
-    if value is None or (isinstance(value, str) and value.strip().lower() in _DECIDE):
+    if value is None or (option.kind != "text" and isinstance(value, str) and value.strip().lower() in _DECIDE):
         return None
     if name == "batch" and str(value).strip() == "-1":
         return None
@@ -97,9 +100,9 @@ def coerce(name: str, option: Option, value: Any) -> Any:
         return _to_choice(name, option, value)
     if option.kind == "split":
         return _to_split(value)
-    if option.kind == "pretrained" and (isinstance(value, bool) or str(value).lower() in ("true", "false")):
-        return str(value).lower()
-    if isinstance(value, Path | str | int | float) and not isinstance(value, bool):
+    if option.kind == "pretrained" and (isinstance(value, bool) or str(value).lower() in (*_TRUE, *_FALSE)):
+        return str(_to_bool(value)).lower()
+    if isinstance(value, Path | str | int | float) and not isinstance(value, bool) and str(value).strip():
         return str(value)
     raise BadValue("must be text")
 
@@ -111,9 +114,10 @@ def _ask_amp(values: dict[str, Any], value: Any, problems: list[str]) -> None:
     except BadValue as error:
         problems.append(f"amp={value}: {error}")
         return
-    if not amp:
-        if values.get("precision") not in (None, "fp32"):
-            problems.append(f"amp=false contradicts precision={values['precision']}")
+    precision = values.get("precision")
+    if precision is not None and amp == (precision == "fp32"):
+        problems.append(f"amp={str(amp).lower()} contradicts precision={precision}")
+    elif not amp:
         values["precision"] = "fp32"
 
 

@@ -78,7 +78,7 @@ class TrainRequest:
         "float", "Optimisation", "peak learning rate of the backbone", aliases=("lr0", "learning_rate"), low=0.0,
         high=100.0)  # fmt: skip
     head_lr: float | None = _ask("float", "Optimisation", "peak learning rate of the new head", low=0.0, high=100.0)
-    weight_decay: float | None = _ask("float", "Optimisation", "decoupled weight decay", low=0.0, high=10.0)
+    weight_decay: float | None = _ask("float", "Optimisation", "weight decay (decoupled for adamw)", low=0.0, high=10.0)
     momentum: float | None = _ask("float", "Optimisation", "SGD momentum, or Adam's beta 1", low=0.0, high=0.9999)
     schedule: str | None = _ask(
         "choice", "Optimisation", "wsd: warm-up, stable, decay; cosine: warm-up, cosine",

@@ -135,7 +135,7 @@ def resolve(request: TrainRequest, facts: Facts, base: Plan | None = None) -> Pl
         weight_decay=choose(
             "weight_decay",
             0.01 if optimizer.value == "adamw" else 1e-4,
-            "the guides' default; none on norms and biases",
+            "the guides' default for AdamW, little for others; none on norms and biases",
         ),
         momentum=choose("momentum", 0.9, "the usual value"),
         schedule=choose(

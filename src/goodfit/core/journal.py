@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from goodfit.core.safeio import storage_errors
+
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
 
@@ -43,7 +45,8 @@ class Journal:
             with open(path, "rb") as handle:
                 handle.seek(-1, os.SEEK_END)
                 torn = handle.read(1) != b"\n"
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        with storage_errors(path):
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         if torn:  # a kill cut the last line: end it, so that the next event starts on its own
             os.write(self._descriptor, b"\n")
         for line in self._waiting:

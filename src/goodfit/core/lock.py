@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from goodfit.core.errors import StorageError
+from goodfit.core.safeio import storage_errors
 
 
 @contextlib.contextmanager
@@ -23,10 +24,11 @@ def run_lock(folder: Path) -> Iterator[None]:
         yield
         return
     path = folder / ".lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    with storage_errors(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by loader processes
         except OSError as error:
             holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
             raise StorageError(

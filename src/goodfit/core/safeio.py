@@ -91,7 +91,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a text file (UTF-8) atomically and durably; raises as write_bytes."""
-    write_bytes(path, text.encode("utf-8"))
+    write_bytes(path, text.encode("utf-8", "surrogateescape"))  # file names may be no UTF-8
 
 
 def write_json(path: Path, value: Any) -> None:

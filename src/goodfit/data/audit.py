@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy.typing as npt
 from goodfit.core.errors import DataError
 from goodfit.data.index import LEFT_OUT, NO_GROUP, SPLITS, DatasetIndex
 from goodfit.data.readers import Reading
-from goodfit.runtime.images import ImageError, open_image, to_rgb
+from goodfit.runtime.images import ImageError, open_image, to_rgb, upright
 
 MAX_ITEMS = 1000  # items listed per finding; the count is always whole
 MIN_PER_CLASS = 3  # one for each of train, val and test
@@ -90,15 +91,13 @@ def scan_file(path: Path) -> FileScan:
         suffixes = _SUFFIXES.get(image.format or "", ())
         wrong = (image.format or "") if suffixes and path.suffix.lower() not in suffixes else ""
         image.load()
-        pixels = np.asarray(to_rgb(image))
+        pixels = np.asarray(to_rgb(upright(image)))
     except ImageError as error:
         return FileScan(content, error=error.kind, message=error.message)
     except Exception as error:
         kind = "truncated" if isinstance(error, OSError | SyntaxError | EOFError | IndexError) else "unreadable"
         return FileScan(content, error=kind, message=f"The image is cut off or damaged: {error}")
-    digest = hashlib.blake2b(
-        f"{pixels.shape}".encode() + image.getexif().get(274, 1).to_bytes(2, "big"), digest_size=16
-    )
+    digest = hashlib.blake2b(str(pixels.shape).encode(), digest_size=16)
     digest.update(np.ascontiguousarray(pixels).data)
     part = pixels[:: max(1, pixels.shape[0] // 64), :: max(1, pixels.shape[1] // 64)].astype(np.int16)
     grey = bool((part.max(axis=2) - part.min(axis=2)).max() <= 8) if part.size else False
@@ -196,20 +195,25 @@ def _duplicates(index: DatasetIndex, groups: list[list[int]], splits: npt.NDArra
     """Copies in several given splits stay in the most sealed one; copies without a given split stay together."""
     twins: list[str] = []
     leaks: list[str] = []
+    num_twins = num_leaks = 0
     for rows in groups:
         rows = [r for r in rows if splits[r] != LEFT_OUT]
         sealed = max((int(splits[r]) for r in rows), default=-1)
-        for a, b in combinations(rows, 2):
+        for a, b in islice(combinations(rows, 2), MAX_ITEMS):
             across = splits[a] != splits[b]
             (leaks if across else twins).append(f"{index.paths[a]} = {index.paths[b]}")
+        places = np.bincount(splits[rows] - LEFT_OUT)
+        within = int((places * (places - 1) // 2).sum())
+        num_twins += within
+        num_leaks += len(rows) * (len(rows) - 1) // 2 - within
         for row in rows:
             if splits[row] != sealed:
                 splits[row] = LEFT_OUT
     found = []
     if twins:
-        found.append(Finding("duplicate_exact", "info", len(twins), tuple(twins), "kept together in one split"))
+        found.append(Finding("duplicate_exact", "info", num_twins, tuple(twins), "kept together in one split"))
     if leaks:
-        found.append(Finding("leak", "warning", len(leaks), tuple(leaks),
+        found.append(Finding("leak", "warning", num_leaks, tuple(leaks),
                              f"in two splits: the copy nearer to {SPLITS[0]} was left out"))  # fmt: skip
     return found
 
@@ -236,7 +240,7 @@ def _merge_groups(user: npt.NDArray[np.int64], duplicates: list[list[int]]) -> n
 
 def _gate(reading: Reading, findings: list[Finding], num_bad: int, max_bad: float) -> None:
     total = len(reading.index) + len(reading.missing_images) + len(reading.missing_labels)
-    if num_bad <= max(1, int(max_bad * total)):
+    if num_bad <= max(1, int(max_bad * total + 1e-9)):
         return
     bad = [f for f in findings if f.severity != "info"]
     lines = "; ".join(f"{f.count} {f.kind} (first: {f.items[0]})" for f in bad)
@@ -244,7 +248,7 @@ def _gate(reading: Reading, findings: list[Finding], num_bad: int, max_bad: floa
         f"{num_bad} of {total} images cannot be used, more than the limit of {max_bad:.1%}: {lines}.",
         where=str(reading.index.root),
         kept="no file was changed",
-        next=f"mend or remove them, or allow it: max_bad={min(1.0, round(num_bad / total + 0.005, 2)):g}",
+        next=f"mend or remove them, or allow it: max_bad={min(1.0, math.ceil(100 * num_bad / total) / 100):g}",
     )
 
 

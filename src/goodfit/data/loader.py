@@ -6,6 +6,7 @@ loader gives the same micro-batches with any number of worker processes.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -129,7 +130,14 @@ class TrainLoader:
             batch_size=None,
             num_workers=min(self.workers, len(chunks)),
             prefetch_factor=2,
+            worker_init_fn=_ignore_interrupts,
         )
+
+
+def _ignore_interrupts(_worker: int) -> None:
+    """Ctrl-C goes to every process of the terminal; the main one decides what follows, and ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @dataclass(frozen=True, slots=True)

@@ -205,7 +205,7 @@ def _read_csv(path: Path, columns: Columns) -> Reading:
         index=_index(root, rows, groups),
         format="csv",
         note=f"{path.name}: {chosen}" + (f", splits from {header[split]!r}" if split is not None and given else ""),
-        given_splits=given if "train" in given else (),
+        given_splits=tuple(s for s in SPLITS if s in given or s == "train") if given else (),
         missing_labels=tuple(missing_labels),
         missing_images=tuple(missing_images),
     )

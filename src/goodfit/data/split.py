@@ -43,7 +43,7 @@ def split_dataset(index: DatasetIndex, *, shares: str, split_seed: int, given: t
         pool = splits == NO_SPLIT
     order = _content_order(index, split_seed)
     counts = np.bincount(index.targets[pool], minlength=len(index.class_names))
-    rooms = {split: _rooms(counts, float(share)) for split, share in wanted}
+    rooms = {split: _rooms(counts, float(share), len(wanted)) for split, share in wanted}
     for target in np.argsort(counts, kind="stable"):  # rare classes first: a group may bring other classes along
         rows = [r for r in order if pool[r] and index.targets[r] == target]
         _cut(
@@ -55,13 +55,14 @@ def split_dataset(index: DatasetIndex, *, shares: str, split_seed: int, given: t
     return made
 
 
-def _rooms(counts: npt.NDArray[np.int64], share: float) -> npt.NDArray[np.int64]:
-    """Samples of each class for a split: at least one, and together the share of all (largest remainders)."""
+def _rooms(counts: npt.NDArray[np.int64], share: float, num_made: int) -> npt.NDArray[np.int64]:
+    """Samples of each class for a split: at least one, and together the share of all (largest remainders);
+    one is left for each other split that is made, and for train."""
     exact = counts * share
     rooms = np.maximum(1, np.floor(exact).astype(np.int64))
     left = max(0, round(float(counts.sum()) * share) - int(rooms.sum()))
-    rooms[np.argsort(np.floor(exact) - exact, kind="stable")[:left]] += 1
-    return rooms
+    rooms[np.argsort(rooms - exact, kind="stable")[:left]] += 1
+    return np.minimum(rooms, np.maximum(1, counts - num_made))
 
 
 def _content_order(index: DatasetIndex, seed: int) -> list[int]:

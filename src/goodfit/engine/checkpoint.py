@@ -129,12 +129,20 @@ class Checkpoints:
         self._last_save = time.monotonic()
 
     def latest(self) -> Snapshot | None:
-        """The newest valid checkpoint; damaged ones are named in `damaged` and passed over."""
+        """The newest valid checkpoint; damaged ones are named in `damaged` and passed over.
+
+        Raises:
+            StorageError: there are checkpoints, but none can be used: starting again would lose them.
+        """
         for path in sorted(self._directories(), key=_order, reverse=True):
             try:
                 return self.load(path.name)
             except StorageError as error:
                 self.damaged.append(f"{error.where or path}: {error.message}")
+        if self.damaged:
+            raise StorageError(f"None of the checkpoints can be used: {'; '.join(self.damaged)}",
+                               where=str(self.folder), kept="the checkpoints, as they are",
+                               next="undo what was changed in the run's folder, or start a new run")  # fmt: skip
         return None
 
     def load(self, name: str) -> Snapshot:
@@ -185,7 +193,8 @@ class Checkpoints:
 
     def _prune(self, newest: Snapshot) -> None:
         best = newest.progress["best"]
-        needed = {newest.name} | ({self._name_of(best)} if best else set())
+        parent = newest.progress["parent"]
+        needed = {newest.name} | {self._name_of(p) for p in (best, parent) if p}
         loose = [p for p in sorted(self._directories(), key=_order) if p.name not in needed and not _is_pinned(p)]
         for path in loose[: max(0, len(loose) - (KEEP - 1))]:
             shutil.rmtree(path, ignore_errors=True)

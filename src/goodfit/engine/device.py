@@ -150,8 +150,11 @@ class DevicePolicy:
         """Largest memory of the device taken so far, bytes; on the CPU, of this process."""
         if self.kind == "cuda":
             return int(torch.cuda.max_memory_allocated())
-        import resource
         import sys
 
+        try:
+            import resource
+        except ImportError:  # Windows
+            return 0
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024

@@ -61,11 +61,11 @@ def fit(
             try:
                 record = train_step(state, context, group, progress.schedule.factor(progress.step), buffers)
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 del group
                 restore_buffers(state.model, buffers)
-                _halve_micro_batch(state, train, journal, context)
+                halve_micro_batch(state, train, journal, context)
                 out_of_memory = True
                 continue
             progress.position += train.batch
@@ -107,10 +107,13 @@ def _close_epoch(
     if improved:
         checkpoints.hold_best(take_snapshot(state))
     if progress.step >= progress.schedule.total_steps:
+        if progress.best is None:
+            raise TrainingError("No validation gave a finite loss.", kept="the last checkpoint",
+                                next="use precision=fp32, or a lower lr=")  # fmt: skip
         progress.finished, progress.ended = True, "cool-down" if progress.segment else "schedule"
     elif _is_plateau(state, settings):
-        checkpoints.save(take_snapshot(state))
         _branch_to_cool_down(state, checkpoints, journal, train)
+        checkpoints.save(take_snapshot(state))  # a kill before it repeats the epoch, and branches again
     if progress.finished or checkpoints.is_due():
         checkpoints.save(take_snapshot(state))
         journal.emit("checkpoint", name=take_name(state))
@@ -128,9 +131,9 @@ def _take_note(state: TrainState, metrics: dict[str, float], settings: FitSettin
     value, loss = metrics[settings.monitor], metrics["loss"]
     sign = 1 if settings.maximise else -1
     best = progress.best
-    counts = best is None and math.isfinite(value)
-    better = counts
-    if best is not None and math.isfinite(value):
+    finite = math.isfinite(value) and math.isfinite(loss)
+    counts = better = best is None and finite
+    if best is not None and finite:
         better = (sign * value, -loss) > (sign * best["value"], -best["loss"])
         counts = sign * (value - best["value"]) > settings.min_delta * abs(best["value"])
     if better:
@@ -173,12 +176,13 @@ def _save_and_stop(state: TrainState, checkpoints: Checkpoints, epoch: _Epoch, s
                   kept=f"checkpoint {take_name(state)}", next="goodfit resume RUN")  # fmt: skip
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or in torch's CPU allocator."""
     text = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
-def _halve_micro_batch(state: TrainState, train: TrainingData, journal: Journal, context: StepContext) -> None:
+def halve_micro_batch(state: TrainState, train: TrainingData, journal: Journal, context: StepContext) -> None:
     """Twice as many micro-batches of half the size: the batch and its mathematics stay.
 
     Raises:

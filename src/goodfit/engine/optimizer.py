@@ -34,7 +34,11 @@ def build_optimizer(
     first = next(network.parameters())
     fused = first.device.type in ("cpu", "cuda") and first.dtype == torch.float32  # its divisor is float32 too
     if kind == "sgd":
-        return torch.optim.SGD(rows, lr=0.0, momentum=momentum, nesterov=momentum > 0, fused=fused)
+        sgd = torch.optim.SGD(rows, lr=0.0, momentum=momentum, nesterov=momentum > 0, fused=fused)
+        for parameter in network.parameters() if momentum > 0 else ():
+            # The fused kernel starts from uninitialised memory; a first step that is masked would leave it there.
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     made = torch.optim.AdamW if kind == "adamw" else torch.optim.Adam
     return made(rows, lr=0.0, betas=(momentum, 0.999), fused=fused)
 

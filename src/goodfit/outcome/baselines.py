@@ -43,7 +43,7 @@ def backbone_features(network: nn.Module, batches: Iterable[torch.Tensor]) -> to
     was_training = network.training
     network.eval()
     with torch.inference_mode():
-        made = [model.forward_head(model.forward_features(images), pre_logits=True).flatten(1).double().cpu()
+        made = [model.forward_head(model.forward_features(images), pre_logits=True).flatten(1).cpu().double()
                 for images in batches]  # fmt: skip
     network.train(was_training)
     return torch.cat(made).clone()

@@ -83,7 +83,8 @@ def odd_files(source: bytes) -> dict[str, bytes]:
     image = decode_image(source)
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
-    large = image.resize((LARGE_SIDE, max(1, round(LARGE_SIDE * image.height / image.width))))
+    scale = LARGE_SIDE / max(image.size)  # by the longer side: no shape goes over the limit of pixels
+    large = image.resize((max(1, round(scale * image.width)), max(1, round(scale * image.height))))
     rgba = image.convert("RGBA")
     rgba.putalpha(Image.linear_gradient("L").resize(image.size))
     return {

@@ -26,7 +26,7 @@ _RESAMPLING = {
 class ImageError(DataError):
     """One image cannot be read; `kind` is the audit's word for it: unreadable, truncated, wrong_type or huge."""
 
-    def __init__(self, message: str, *, kind: str, where: str = "") -> None:
+    def __init__(self, message: str, *, kind: str = "unreadable", where: str = "") -> None:
         super().__init__(message, where=where, next="leave the file out, or replace it by a readable image")
         self.kind = kind
 
@@ -79,12 +79,19 @@ def decode_image(source: Path | bytes, *, min_side: int | None = None, where: st
         if min_side is not None and image.format == "JPEG":
             image.draft(None, (min_side, min_side))
         image.load()
-        upright = ImageOps.exif_transpose(image)
-        return to_rgb(upright if upright is not None else image)
+        return to_rgb(upright(image))
     except Exception as error:
         truncated = isinstance(error, OSError | SyntaxError | IndexError | EOFError)
         kind = "truncated" if truncated else "unreadable"
         raise ImageError(f"The image is cut off or damaged: {error}.", kind=kind, where=where) from error
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF orientation says; an EXIF block that cannot be read says nothing."""
+    try:
+        return ImageOps.exif_transpose(image) or image
+    except Exception:  # Pillow raises many kinds for broken EXIF
+        return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
