@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -33,8 +34,9 @@ EVERYTHING = (
 
 
 def start(*words: str, cwd: Path) -> subprocess.Popen[str]:
+    """A run in a process group of its own, as a terminal starts it."""
     return subprocess.Popen([sys.executable, "-m", "goodfit", *words], cwd=cwd, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)  # fmt: skip
+                            stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
@@ -66,12 +68,17 @@ def uninterrupted(bars, tmp_path_factory) -> dict:
     return last_json(done.stdout)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_in_mid_epoch_and_resumed_with_other_workers(bars, uninterrupted, tmp_path, number, code):
-    process = start("train", str(bars), "name=cut", *EVERYTHING, cwd=tmp_path)
+@pytest.mark.parametrize(
+    ("number", "code", "workers", "later"),
+    [(signal.SIGINT, 130, 0, 2), (signal.SIGTERM, 143, 2, 1), (signal.SIGINT, 130, 2, 0)],
+)
+def test_stopped_in_mid_epoch_and_resumed_with_other_workers(
+    bars, uninterrupted, tmp_path, number, code, workers, later
+):
+    process = start("train", str(bars), "name=cut", *EVERYTHING, f"workers={workers}", cwd=tmp_path)
     run = tmp_path / "runs" / "cut"
     wait_for_step(run, 9, process)
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # as Ctrl-C in a terminal does: loader processes get it too
     out, err = process.communicate(timeout=120)
     assert process.returncode == code, err
     told = last_json(out)
@@ -81,7 +88,7 @@ def test_stopped_in_mid_epoch_and_resumed_with_other_workers(bars, uninterrupted
     assert "Traceback" not in err
     stopped_at = json.loads((run / "checkpoints" / "last" / "state.json").read_text())["progress"]
     assert 0 < stopped_at["step"] < uninterrupted["steps"]
-    words = [sys.executable, "-m", "goodfit", "resume", "runs/cut", "workers=2", "json=true"]
+    words = [sys.executable, "-m", "goodfit", "resume", "runs/cut", f"workers={later}", "json=true"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = last_json(done.stdout)

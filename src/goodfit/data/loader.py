@@ -130,14 +130,14 @@ class TrainLoader:
             batch_size=None,
             num_workers=min(self.workers, len(chunks)),
             prefetch_factor=2,
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=_ignore_signals,
         )
 
 
-def _ignore_interrupts(_worker: int) -> None:
-    """Ctrl-C goes to every process of the terminal; the main one decides what follows, and ends the workers."""
+def _ignore_signals(_worker: int) -> None:
+    """Signals reach every process of a group; the main one decides what follows, and its workers end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @dataclass(frozen=True, slots=True)
