@@ -11,7 +11,7 @@ from goodfit.api.train import train
 from goodfit.config.parse import read_request
 from goodfit.core.errors import RequestError
 
-EPOCHS = 12
+EPOCHS = 10
 
 
 def demo(**asked: Any) -> Run:

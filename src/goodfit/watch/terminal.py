@@ -24,6 +24,7 @@ class Terminal:
         self._task: Any = None
         self._gone = False
         self._plan: dict[str, Event] = {}
+        self._planned = False
         self._bare = 0.0
         self._start: tuple[float, int] | None = None
         self._fancy = bool(getattr(self._stream, "isatty", lambda: False)()) and os.environ.get("TERM") != "dumb"
@@ -50,7 +51,8 @@ class Terminal:
             self._gone = True
 
     def _on_stage(self, event: Event) -> None:
-        if event["name"] == "plan" and event.get("text"):
+        if event["name"] == "plan":
+            self._planned = True
             for name in SHOWN:
                 if name in self._plan:
                     self._decision(self._plan[name])
@@ -58,11 +60,12 @@ class Terminal:
             self._say(event["name"], event["text"])
         if event["name"] == "rehearse":
             self._bare = float(event.get("bare_rate", 0.0))
+        self._planned |= event["name"] == "resume"  # a resumed run has its plan
         if event["name"] == "train":
             self._close()
 
     def _on_decision(self, event: Event) -> None:
-        if "name" in event and event.get("epoch") is None and event["step"] == 0:
+        if not self._planned:
             self._plan[event["name"]] = event
         else:
             self._decision(event)
