@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 
 import pytest
 import torch
@@ -75,8 +76,9 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(bars, tmp_path
 
 def test_out_of_memory_with_one_sample_is_an_error(bars, tmp_path):
     with pytest.raises(OutOfMemory) as caught:
-        run_fit(with_task(parts_of(bars, epochs=1), limit=0), tmp_path)
+        run_fit(with_task(parts_of(bars, epochs=1, cache="off", workers=2), limit=0), tmp_path)
     assert caught.value.exit_code == 5 and "imgsz" in caught.value.next
+    assert multiprocessing.active_children() == [], "a loader process would keep the program from ending"
 
 
 def test_a_nan_step_is_named_and_training_goes_on(bars, tmp_path):

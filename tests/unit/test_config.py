@@ -19,7 +19,7 @@ from goodfit.core.errors import RequestError
 def facts(**changes):
     data = DataFacts(format="folders", format_reason="one folder per class", num_train=767, num_val=165, num_test=165,
                      num_classes=6, smallest_class=90, largest_class=160, median_side=512, grey_share=0.0,
-                     given_splits=(), pixel_bytes_at=9.0)  # fmt: skip
+                     given_splits=(), decode_seconds=0.002, pixel_bytes_at=9.0)  # fmt: skip
     machine = MachineFacts(device="cpu", device_reason="no GPU", device_name="x", native_bf16=True, num_cores=2,
                            free_memory=16 * 10**9)  # fmt: skip
     model = ModelFacts(name="resnet18.a1_in1k", num_parameters=11_000_000, native_imgsz=224, stride=1,

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,7 @@ class Parts:
     state: TrainState
     settings: FitSettings
     weights: WeightReport | None
+    store: PictureStore
 
     def eval_loader(self, rows: npt.NDArray[np.int64]) -> EvalLoader:
         """Any rows through the serving path, from their files."""
@@ -82,22 +83,24 @@ def assemble(plan: Plan, index: DatasetIndex, *, workers: int | None = None) -> 
     Raises:
         WeightsError: the pretrained weights cannot be had any more.
     """
-    task = ClassifyTask(index.class_names, label_smoothing=plan.label_smoothing.value)
+    rows = subset(index, plan.fraction.value, plan.split_seed.value)
+    task = ClassifyTask(index.class_names, label_smoothing=plan.label_smoothing.value,
+                        **balancing(plan.balance.value, np.bincount(index.targets[rows])))  # fmt: skip
     preprocessing = Preprocessing.from_dict(plan.preprocessing.value)
     device = DevicePolicy(kind=plan.device.value, precision=plan.precision.value,
                           channels_last=plan.channels_last.value)  # fmt: skip
     ranks = Ranks()
-    preset = PRESETS[plan.augment.value]
+    preset = replace(PRESETS[plan.augment.value], policy=plan.policy.value)
     transform = ImageBatchTransform(
-        preprocessing=preprocessing, num_classes=len(index.class_names), colour=preset.colour, mixup=plan.mixup.value,
-        cutmix=plan.cutmix.value, seed=plan.seed.value, channels_last=plan.channels_last.value,
+        preprocessing=preprocessing, num_classes=len(index.class_names), colour=preset.colour, erase=plan.erase.value,
+        mixup=plan.mixup.value, cutmix=plan.cutmix.value, seed=plan.seed.value, channels_last=plan.channels_last.value,
     )  # fmt: skip
-    store = PictureStore(index, imgsz=plan.imgsz.value, cache=plan.cache.value)
+    store = PictureStore(index, rows, imgsz=plan.imgsz.value, cache=plan.cache.value)
     samples = TrainSamples(index=index, store=store, preset=preset, preprocessing=preprocessing, flip=plan.flip.value,
                            seed=plan.seed.value, collate=task.collate)  # fmt: skip
-    rows = subset(index, plan.fraction.value, plan.split_seed.value)
     workers = plan.workers.value if workers is None else workers
-    train = TrainLoader(samples, rows, batch=plan.batch.value, workers=workers, rank=ranks.rank, size=ranks.size)
+    train = TrainLoader(samples, rows, batch=plan.batch.value, workers=workers, threads=plan.threads.value,
+                        balance=plan.balance.value == "sample", rank=ranks.rank, size=ranks.size)  # fmt: skip
     val_rows = index.rows("val")
     val = EvalLoader(index, val_rows, preprocessing=preprocessing, batch=EVAL_BATCH, threads=plan.threads.value,
                      collate=task.collate, keep=len(val_rows) * 3 * preprocessing.size**2 <= KEEP_BYTES,
@@ -105,7 +108,6 @@ def assemble(plan: Plan, index: DatasetIndex, *, workers: int | None = None) -> 
     network, weights = build_network(plan, len(index.class_names))
     network = device.place(network)
     state = _initial_state(plan, network, device, train.steps_per_epoch)
-    store.warm(rows, plan.threads.value)
     return Parts(
         plan=plan,
         index=index,
@@ -118,12 +120,41 @@ def assemble(plan: Plan, index: DatasetIndex, *, workers: int | None = None) -> 
         settings=FitSettings(patience=plan.patience.value, min_delta=plan.min_delta.value, monitor=plan.monitor.value,
                              maximise=plan.monitor.value != "loss"),
         weights=weights,
+        store=store,
     )  # fmt: skip
+
+
+def assemble_probe(
+    plan: Plan, index: DatasetIndex, rows: npt.NDArray[np.int64]
+) -> tuple[torch.nn.Module, Iterator[torch.Tensor]]:
+    """The network as it is before training, and these rows as its input through the serving path."""
+    preprocessing = Preprocessing.from_dict(plan.preprocessing.value)
+    device = DevicePolicy(kind=plan.device.value, precision="fp32", channels_last=plan.channels_last.value)
+    network = device.place(build_network(plan, len(index.class_names))[0])
+    transform = ImageBatchTransform(preprocessing=preprocessing, num_classes=0, colour=0.0, erase=0.0, mixup=0.0,
+                                    cutmix=0.0, seed=0, channels_last=plan.channels_last.value)  # fmt: skip
+    loader = EvalLoader(index, rows, preprocessing=preprocessing, batch=EVAL_BATCH, threads=plan.threads.value,
+                        collate=ClassifyTask(index.class_names).collate, keep=False)  # fmt: skip
+    return network, (transform.evaluate(device.move(micro.data))["image"] for micro in loader)
+
+
+def balancing(balance: str, counts: npt.NDArray[np.int64]) -> dict[str, Any]:
+    """What a task takes against class imbalance, from the class counts of the training rows.
+
+    "loss" weighs each class by the inverse of its count, so that all classes weigh the same and the mean weight of a
+    sample is 1; "logit" gives the log of each class's share.
+    """
+    if balance == "loss":
+        return {"class_weights": (counts.sum() / (len(counts) * np.maximum(1, counts))).tolist()}
+    if balance == "logit":
+        return {"log_prior": np.log(np.maximum(1, counts) / counts.sum()).tolist()}
+    return {}
 
 
 def _initial_state(plan: Plan, network: torch.nn.Module, device: DevicePolicy, steps_per_epoch: int) -> TrainState:
     schedule = plan_schedule(plan.schedule.value, epochs=plan.epochs.value, warmup=plan.warmup.value,
-                             lrf=plan.lrf.value, steps_per_epoch=steps_per_epoch)  # fmt: skip
+                             lrf=plan.lrf.value, steps_per_epoch=steps_per_epoch,
+                             close=plan.close_augment.value)  # fmt: skip
     return TrainState(
         model=network,
         optimizer=build_optimizer(network, parameter_groups(network, plan), kind=plan.optimizer.value,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from goodfit.core.journal import Journal
 from goodfit.core.random import permutation, stream
 from goodfit.core.safeio import read_json, write_json
 from goodfit.data.index import data_hash
+from goodfit.data.reading import How
 from goodfit.data.split import SealedTest
 from goodfit.engine.checkpoint import Checkpoints, tensors_sha256
 from goodfit.engine.device import DevicePolicy
@@ -28,10 +30,11 @@ from goodfit.outcome.baselines import ProbeResult, backbone_features, linear_pro
 from goodfit.outcome.bundle import library_versions, write_bundle
 from goodfit.outcome.finaltest import final_result
 from goodfit.outcome.ledger import count_look
-from goodfit.outcome.plots import plot_confusion, plot_results
+from goodfit.outcome.plots import plot_batch, plot_confusion, plot_results
 from goodfit.outcome.report import write_report
 
 _PARITY = stream("parity")
+NUM_PICTURES = 16
 
 
 def load_best(parts: Parts, checkpoints: Checkpoints) -> None:
@@ -132,6 +135,22 @@ def bundle_stage(run: Run, parts: Parts, journal: Journal, test: dict[str, Any])
     return made
 
 
+def picture_stage(run: Run, parts: Parts, journal: Journal) -> None:
+    """Draw train_batch.png and val_batch.png: the very tensors that the model sees, with their labels."""
+    with stage(journal, "pictures") as note:
+        plots = run.path / "plots"
+        plots.mkdir(exist_ok=True)
+        context, names = parts.context, parts.index.class_names
+        micro = parts.train.group(0, 0, parts.state.progress.num_micro)[0]
+        keys: dict[str, Any] = {"epoch": 0, "step": 0, "rank": 0, "micro": 0, "closing": False}
+        train = context.transform.train(context.device.move(micro.data), samples=micro.samples, **keys)
+        few = next(iter(parts.eval_loader(parts.val.rows[:NUM_PICTURES])))
+        val = context.transform.evaluate(context.device.move(few.data))
+        for name, batch in (("train", train), ("val", val)):
+            plot_batch(batch, names, parts.preprocessing, plots / f"{name}_batch.png")
+        note.text = str(plots / "train_batch.png")
+
+
 def report_stage(run: Run, parts: Parts, journal: Journal, test: dict[str, Any], bundle: dict[str, Any]) -> None:
     """Draw the pictures and write report.html."""
     with stage(journal, "report") as note:
@@ -171,10 +190,10 @@ def rate(run: Run) -> dict[str, float]:
 def commands(run: Run) -> list[str]:
     """How to do it again, from the command line and from Python."""
     request = load_request(run.path)
-    reading = ("format", "image_column", "label_column", "split_column", "group")  # the plan does not hold how to read
+    reading = [f.name for f in fields(How)] + ["labels"]  # the plan does not hold how to read
     asked = {name: getattr(request, name) for name in reading if getattr(request, name) is not None}
     asked["plan"] = str(run.path / PLAN)
-    words = " ".join(f"{name}={shlex.quote(value)}" for name, value in asked.items())
+    words = " ".join(f"{name}={shlex.quote(str(value))}" for name, value in asked.items())
     keywords = ", ".join(f"{name}={value!r}" for name, value in asked.items())
     return [
         f"goodfit train {shlex.quote(request.data or '')} {words}",

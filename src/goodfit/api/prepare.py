@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from goodfit.config.facts import DataFacts, Facts
 from goodfit.config.plan import Plan, read_plan
 from goodfit.config.request import TrainRequest
 from goodfit.config.resolve import resolve, resolve_data, resolve_model
-from goodfit.core.errors import DataError, RequestError
+from goodfit.core.errors import RequestError
 from goodfit.core.journal import Journal
 from goodfit.data.audit import Audit, audit_dataset
-from goodfit.data.index import SPLITS, DatasetIndex, data_hash
-from goodfit.data.readers import Columns, Reading, read_dataset
-from goodfit.data.split import SealedTest, split_dataset, subset
+from goodfit.data.findings import Finding, merged
+from goodfit.data.fixes import apply_fixes, kept_paths, read_fixes
+from goodfit.data.index import SPLITS, DatasetIndex, class_counts, data_hash
+from goodfit.data.patterns import folder_shift
+from goodfit.data.readers import read_dataset
+from goodfit.data.reading import How, Problem, Reading
+from goodfit.data.split import SealedTest, check_splits, split_dataset, subset
 from goodfit.data.store import RESERVE
 
 
@@ -41,6 +43,23 @@ def stage(journal: Journal, name: str) -> Iterator[StageNote]:
     journal.emit("stage", name=name, text=note.text, seconds=time.monotonic() - start, **(note.fields or {}))
 
 
+PROGRESS_SECONDS = 2.0  # between two lines about a long stage
+
+
+@contextmanager
+def progress_of(journal: Journal, name: str) -> Iterator[Callable[[int, int], None]]:
+    """A counter that says now and then how far a long stage has come."""
+    last = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= PROGRESS_SECONDS:
+            last = time.monotonic()
+            journal.emit("progress", name=name, done=done, total=total)
+
+    yield tell
+
+
 @dataclass(frozen=True, slots=True)
 class Audited:
     """A dataset that was read, audited and split."""
@@ -48,24 +67,36 @@ class Audited:
     reading: Reading
     audit: Audit
     index: DatasetIndex
+    kept_labels: frozenset[str] = frozenset()
 
     def to_dict(self) -> dict[str, Any]:
         """The content of audit.json."""
-        counts = {s: len(self.index.rows(s)) for s in SPLITS}
+        index = self.index
+        counts = {s: len(index.rows(s)) for s in SPLITS}
         return {
             "data": {
-                "task": "classify",
+                "task": index.task,
                 "format": self.reading.format,
                 "note": self.reading.note,
                 "num_items": self.audit.num_items,
-                "classes": list(self.index.class_names),
+                "classes": list(index.class_names),
                 "splits": counts,
-                "sha256": data_hash(self.index),
-                "test_sha256": SealedTest.seal(self.index).sha256,
+                "class_counts": {s: class_counts(index, index.rows(s)).tolist() for s in SPLITS},
+                "sha256": data_hash(index),
+                "test_sha256": SealedTest.seal(index).sha256,
             },
             "findings": [f.to_dict() for f in self.audit.findings],
             "accepted": sum(counts.values()),
         }
+
+    def with_findings(self, more: list[Finding]) -> Audited:
+        """The same with more findings."""
+        return replace(self, audit=replace(self.audit, findings=merged([*self.audit.findings, *more])))
+
+
+def how_to_read(request: TrainRequest) -> How:
+    """What was asked about how to read the data."""
+    return How(**{f.name: v for f in fields(How) if (v := getattr(request, f.name)) is not None})
 
 
 def read_and_audit(request: TrainRequest, journal: Journal, base: Plan | None = None) -> Audited:
@@ -78,32 +109,54 @@ def read_and_audit(request: TrainRequest, journal: Journal, base: Plan | None = 
     if request.data is None:
         raise RequestError("No data was given.", next="goodfit train FOLDER, or goodfit demo to see a run")
     decided = resolve_data(request, base)
-    columns = Columns(image=request.image_column, label=request.label_column, split=request.split_column,
-                      group=request.group)  # fmt: skip
     with stage(journal, "data") as note:
-        reading = read_dataset(Path(request.data), format=request.format, columns=columns)
+        reading = read_dataset(Path(request.data), how_to_read(request))
+        reading, kept_labels, fixed = _with_fixes(request, reading)
         given = reading.given_splits
         how = f"{'/'.join(given)} given" if given else f"no split given → {decided.split.value} stratified"
-        note.text = f"{len(reading.index):,} images, {len(reading.index.class_names)} classes, {reading.note}, {how}"
+        what = {"text": "texts", "language": "blocks of text"}.get(reading.index.task, "images")
+        note.text = (f"{len(reading.index):,} {what}, {len(reading.index.class_names)} classes, {reading.format}: "
+                     f"{reading.note}, {how}{fixed}")  # fmt: skip
     with stage(journal, "audit") as note:
-        audit = audit_dataset(reading, max_bad=decided.max_bad.value)
+        with progress_of(journal, "audit") as progress:
+            audit = audit_dataset(reading, max_bad=decided.max_bad.value, progress=progress)
         index = split_dataset(audit.index, shares=decided.split.value, split_seed=decided.split_seed.value, given=given)
-        _check_splits(index)
+        absent = check_splits(index)
+        audit = replace(audit, findings=merged([*audit.findings, *_absent(absent), *_compare(request, audit)]))
         for finding in audit.findings:
             journal.emit("finding", **finding.to_dict())
         counts = " · ".join(f"{s} {len(index.rows(s)):,}" for s in SPLITS)
         found = f"{len(audit.findings)} findings" if audit.findings else "nothing found"
-        note.text = f"every file decoded: {found}; {counts}, test sealed"
-    return Audited(reading, audit, index)
+        note.text = f"every {'file decoded' if audit.scan is not None else 'text read'}: {found}; {counts}, test sealed"
+    return Audited(reading, audit, index, kept_labels)
 
 
-def _check_splits(index: DatasetIndex) -> None:
-    for split in SPLITS:
-        counts = np.bincount(index.targets[index.rows(split)], minlength=len(index.class_names))
-        missing = [n for n, c in zip(index.class_names, counts, strict=True) if c == 0]
-        if (missing and split == "train") or not counts.any():
-            raise DataError(f"The {split} split has no image of {', '.join(missing)}.", where=str(index.root),
-                            next="add images of that class to it, or leave the split to goodfit")  # fmt: skip
+def _with_fixes(request: TrainRequest, reading: Reading) -> tuple[Reading, frozenset[str], str]:
+    """Apply `labels=fixes.csv` to the index. Returns the reading, the paths whose labels a person confirmed, and a note."""
+    if request.labels is None:
+        return reading, frozenset(), ""
+    fixes = read_fixes(Path(request.labels))
+    index, applied, unknown = apply_fixes(reading.index, fixes)
+    problems = [Problem("missing_label", path, "named in the list of fixes, not in the data") for path in unknown]
+    reading = replace(reading, index=index, problems=(*reading.problems, *problems))
+    return reading, kept_paths(fixes), f"; {len(applied):,} labels fixed by {Path(request.labels).name}"
+
+
+def _absent(absent: dict[str, tuple[str, ...]]) -> list[Finding]:
+    items = tuple(f"{split}: {', '.join(names)}" for split, names in absent.items() if names)
+    if not items:
+        return []
+    return [Finding("too_few", "info", sum(len(names) for names in absent.values()), items,
+                    "classes without an object in a split: they cannot be judged there", "add images of these classes, or resplit=true")]  # fmt: skip
+
+
+def _compare(request: TrainRequest, audit: Audit) -> list[Finding]:
+    """How `like=FOLDER` of production samples differs from the data."""
+    if request.like is None:
+        return []
+    if audit.scan is None:
+        raise RequestError("like= compares images; this is a dataset of texts.", next="leave like= out")
+    return folder_shift(audit.index, audit.scan, Path(request.like))
 
 
 def decide(request: TrainRequest, audited: Audited, journal: Journal, base: Plan | None = None) -> Plan:
@@ -113,6 +166,11 @@ def decide(request: TrainRequest, audited: Audited, journal: Journal, base: Plan
         RequestError: something that was asked cannot be done.
         WeightsError: weights that were asked for cannot be had.
     """
+    if audited.index.task != "classify":
+        raise RequestError(
+            f"goodfit does not train this task yet: {audited.index.task}.", where=str(request.data),
+            next=f"goodfit audit {request.data} checks the data; task=classify needs one class per image",
+        )  # fmt: skip
     from goodfit.engine.device import find_machine
     from goodfit.models.catalog import look_up
 
@@ -134,7 +192,7 @@ def data_facts(request: TrainRequest, audited: Audited, base: Plan | None) -> Da
     index, audit = audited.index, audited.audit
     decided = resolve_data(request, base)
     rows = subset(index, decided.fraction.value, decided.split_seed.value)
-    counts = np.bincount(index.targets[rows], minlength=len(index.class_names))
+    counts = class_counts(index, rows)
     return DataFacts(
         format=audited.reading.format,
         format_reason=audited.reading.note,
@@ -148,6 +206,8 @@ def data_facts(request: TrainRequest, audited: Audited, base: Plan | None) -> Da
         grey_share=audit.grey_share,
         given_splits=audited.reading.given_splits,
         pixel_bytes_at=3 * RESERVE**2 * audit.median_aspect,
+        decode_seconds=audit.scan.seconds if audit.scan is not None else 0.0,
+        task=index.task,
     )
 
 

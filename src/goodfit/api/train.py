@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from goodfit.api.assemble import Parts, assemble, execution, run_hashes
-from goodfit.api.finish import bundle_stage, final_test, load_best, report_stage, write_result
+from goodfit.api.finish import bundle_stage, final_test, load_best, picture_stage, report_stage, write_result
 from goodfit.api.folder import AUDIT, PLAN, SPLIT, Run, check_name, create_folder, open_run, save_request
-from goodfit.api.prepare import base_plan, decide, read_and_audit, stage
+from goodfit.api.inspect import page_stage, suspect_stage
+from goodfit.api.prepare import base_plan, decide, progress_of, read_and_audit, stage
 from goodfit.config.parse import read_request
 from goodfit.config.plan import Plan
 from goodfit.config.request import TrainRequest, options
@@ -48,7 +49,8 @@ def train(data: str | Path | None = None, **asked: Any) -> Run:
     journal = Journal(None, (Terminal(),))
     audited = read_and_audit(request, journal, base)
     plan = decide(request, audited, journal, base)
-    folder = create_folder(request, Path(str(request.data)).resolve().name.removesuffix(".csv"))
+    audited, suspects = suspect_stage(request, audited, journal, plan)
+    folder = create_folder(request, Path(str(request.data)).resolve().stem)
     with run_lock(folder), _recorded(journal, folder):
         save_request(folder, request)
         write_json(folder / AUDIT, audited.to_dict())
@@ -56,8 +58,11 @@ def train(data: str | Path | None = None, **asked: Any) -> Run:
         write_json(folder / "run.json", {"root": str(audited.index.root.resolve())})
         write_json(folder / PLAN, plan.to_dict())
         journal.emit("run", path=str(folder))
+        page_stage(request, folder, folder.name, audited, suspects, journal)
         with execution(plan):
             parts = assemble(plan, audited.index)
+            cache_stage(parts, journal)
+            picture_stage(Run(folder), parts, journal)
             if plan.rehearse.value:
                 rehearsal_stage(parts, journal)
             with training(Run(folder), parts, journal) as (checkpoints, stop):
@@ -90,6 +95,12 @@ def finish(run: Run, parts: Parts, checkpoints: Checkpoints, journal: Journal) -
     write_result(run, parts, checkpoints, test)
     journal.emit("done", path=str(run.path))
     return run
+
+
+def cache_stage(parts: Parts, journal: Journal) -> None:
+    """Stage `cache`: decode the training pictures once, where the plan keeps them."""
+    with stage(journal, "cache") as note, progress_of(journal, "cache") as progress:
+        note.text = parts.store.warm(parts.plan.threads.value, progress)
 
 
 def rehearsal_stage(parts: Parts, journal: Journal) -> None:
@@ -147,6 +158,7 @@ def resume(run: str | Path, *, workers: int | None = None) -> Run:
     with run_lock(opened.path), _recorded(journal, opened.path):
         parts = reopen(opened, journal, workers=workers)
         with execution(parts.plan):
+            cache_stage(parts, journal)
             rehearsed = any(e["event"] == "stage" and e["name"] == "rehearse" for e in opened.events)
             if parts.plan.rehearse.value and not rehearsed:
                 rehearsal_stage(parts, journal)
@@ -206,10 +218,31 @@ class Planned:
 
 
 def audit(data: str | Path | None = None, **asked: Any) -> dict[str, Any]:
-    """Read, audit and split a dataset, and stop there. Returns the content of audit.json; nothing is written."""
+    """Read, audit and split a dataset, and stop there.
+
+    Writes `audit.json` and the page `audit.html` into a new folder of `project`. With `pretrained=`, likely wrong labels
+    are judged by the features of that network; otherwise by simpler ones.
+
+    Returns:
+        The content of audit.json, with the page's path as `page`.
+    """
     allowed = [name for name, option in options().items() if option.group == "Data"]
-    request = read_request({"data": data, **asked} if data is not None else asked, allowed=["data", "plan", *allowed])
-    return read_and_audit(request, Journal(None, (Terminal(),)), base_plan(request)).to_dict()
+    allowed += ["data", "plan", "project", "name", "exist_ok", "model", "pretrained", "imgsz", "device", "threads"]
+    request = read_request({"data": data, **asked} if data is not None else asked, allowed=allowed)
+    check_name(request)
+    journal, base = Journal(None, (Terminal(),)), base_plan(request)
+    audited = read_and_audit(request, journal, base)
+    plan = None
+    if (request.pretrained or "false") != "false" and audited.index.task == "classify":
+        plan = decide(request, audited, Journal(None, ()), base)
+    audited, suspects = suspect_stage(request, audited, journal, plan)
+    name = Path(str(request.data)).resolve().stem
+    folder = create_folder(request, f"{name}-audit")
+    page = page_stage(request, folder, name, audited, suspects, journal)
+    found = audited.to_dict()
+    write_json(folder / AUDIT, found)
+    write_text(folder / SPLIT, write_split(audited.index))
+    return {**found, "page": str(page)}
 
 
 def plan(data: str | Path | None = None, **asked: Any) -> Planned:

@@ -74,13 +74,15 @@ def test(places: Words, asked: Asked) -> Answer:
 
 
 def audit(places: Words, asked: Asked) -> Answer:
-    """Read and check a dataset, and stop there; nothing is written."""
+    """Read and check a dataset, and write audit.html to look at what was found."""
     from goodfit.api.train import audit
 
     found = audit(_one(places, asked, "data"), **asked)
-    lines = [f"{f['severity']:<8} {f['count']:>6,} {f['kind']}: {f['action']}" for f in found["findings"]]
-    lines += [f"         {item}" for f in found["findings"] if f["severity"] != "info" for item in f["items"][:5]]
-    return Answer(found, lines or ["nothing found"])
+    lines = []
+    for f in found["findings"]:
+        lines.append(f"{f['severity']:<8} {f['count']:>6,} {f['kind']}: {f['action']}")
+        lines += [f"{'':<16}{item}" for item in f["items"][:3]] if f["severity"] != "info" else []
+    return Answer(found, [*(lines or ["nothing found"]), f"page      {found['page']}"])
 
 
 def plan(places: Words, asked: Asked) -> Answer:

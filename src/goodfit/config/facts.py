@@ -21,6 +21,8 @@ class DataFacts:
     grey_share: float
     given_splits: tuple[str, ...]
     pixel_bytes_at: float  # bytes of one decoded training image per squared pixel of imgsz
+    decode_seconds: float  # to decode one image, on one thread, measured during the audit
+    task: str = "classify"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +35,7 @@ class MachineFacts:
     native_bf16: bool
     num_cores: int
     free_memory: int
+    free_disk: int = 0  # where caches are kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -154,13 +154,17 @@ def _to_number(option: Option, value: Any) -> int | float:
     return int(number) if whole else number
 
 
+_OFF = {"false": "off", "none": "off", "no": "off"}
+_CHOICE_WORDS = {  # other words for a choice; cache=True means "keep them", as elsewhere
+    "cache": {"true": "ram", **_OFF}, "augment": _OFF, "policy": {**_OFF, "trivialaugment": "trivial", "randaugment": "rand"},
+    "balance": {**_OFF, "weights": "loss"}, "format": {"csv": "table", "tsv": "table", "jsonl": "table", "parquet": "table"},
+    "task": {"classification": "classify", "detection": "detect", "segmentation": "segment"},
+}  # fmt: skip
+
+
 def _to_choice(name: str, option: Option, value: Any) -> str:
-    if isinstance(value, bool):  # cache=True means "keep them", cache=False "do not"
-        value = {"cache": {True: "ram", False: "off"}, "augment": {False: "off"}}.get(name, {}).get(value, value)
     text = str(value).strip().lower()
-    text = {"cache": {"true": "ram", "false": "off"}, "augment": {"false": "off", "none": "off"}}.get(name, {}).get(
-        text, text
-    )
+    text = _CHOICE_WORDS.get(name, {}).get(text, text)
     if text not in option.choices:
         near = difflib.get_close_matches(text, option.choices, n=1, cutoff=0.6)
         hint = f"; did you mean {near[0]}?" if near else ""

@@ -24,6 +24,11 @@ class Option:
     high: float | None = None
 
 
+TASKS = ("classify", "detect", "segment", "text", "language")
+FORMATS = ("folders", "table", "coco", "yolo", "voc", "masks", "text", "text-table", "text-lines",
+           "text-folders", "plain-text")  # fmt: skip
+
+
 def _ask(kind: Kind, group: str, help: str, **more: Any) -> Any:
     return field(default=None, metadata={"option": Option(kind, help, group, **more)})
 
@@ -32,7 +37,7 @@ def _ask(kind: Kind, group: str, help: str, **more: Any) -> Any:
 class TrainRequest:
     """What a person asks of a run; None means "decide for me". Values are checked by `parse.parse_request`."""
 
-    data: str | None = _ask("text", "Basic", "folder of class folders (split or not), or a CSV list of images")
+    data: str | None = _ask("text", "Basic", "folder or file of labelled images or texts")
     model: str | None = _ask("text", "Basic", "any timm model name", aliases=("arch",))
     pretrained: str | None = _ask(
         "pretrained", "Basic", "true, false, a timm weight name, or a .safetensors file", aliases=("weights",)
@@ -51,26 +56,45 @@ class TrainRequest:
     exist_ok: bool | None = _ask("bool", "Basic", "reuse the name of a run that exists: it is replaced")
     plan: str | None = _ask("text", "Basic", "plan.json of an earlier run: decide as it did")
 
-    task: str | None = _ask("choice", "Data", "what is learned", choices=("classify",))
-    format: str | None = _ask("choice", "Data", "how the data is laid out", choices=("folders", "csv"))
-    image_column: str | None = _ask("text", "Data", "CSV column with the image paths")
-    label_column: str | None = _ask("text", "Data", "CSV column with the class names")
-    split_column: str | None = _ask("text", "Data", "CSV column with train, val or test")
-    group: str | None = _ask("text", "Data", "CSV column of groups that never straddle splits")
+    task: str | None = _ask("choice", "Data", "what is learned", choices=TASKS)
+    format: str | None = _ask("choice", "Data", "how the data is laid out", choices=FORMATS)
+    image_column: str | None = _ask("text", "Data", "column of a list with the image paths, by name or number")
+    text_column: str | None = _ask("text", "Data", "column or columns of a list with the texts, joined by commas")
+    label_column: str | None = _ask("text", "Data", "column of a list with the class names")
+    split_column: str | None = _ask("text", "Data", "column of a list with train, val or test")
+    group: str | None = _ask("text", "Data", "column of groups that never straddle splits")
+    header: bool | None = _ask("bool", "Data", "whether a list's first line holds column names")
+    encoding: str | None = _ask("text", "Data", "encoding of text files")
+    images: str | None = _ask("text", "Data", "folder that image names in annotations start from")
+    annotations: str | None = _ask("text", "Data", "which annotation files, where there are several sets")
+    labels: str | None = _ask("text", "Data", "fixes.csv of corrected labels, as the audit page saves it")
+    like: str | None = _ask("text", "Data", "folder of production samples to compare the data with")
+    resplit: bool | None = _ask("bool", "Data", "ignore the splits that the data names, and make new ones")
     split: str | None = _ask("split", "Data", "shares of train/val/test where none are given, as 70/15/15")
     split_seed: int | None = _ask("int", "Data", "seed of the split alone", low=0, high=2**31 - 1)
     fraction: float | None = _ask("float", "Data", "share of the training split to use", low=0.0001, high=1.0)
     max_bad: float | None = _ask("float", "Data", "share of unusable images that stops the run", low=0.0, high=1.0)
-    cache: str | None = _ask("choice", "Data", "keep decoded training images: ram or off", choices=("ram", "off"))
+    suspects: bool | None = _ask("bool", "Data", "look for likely wrong labels")
+    cache: str | None = _ask("choice", "Data", "keep decoded training images",
+                             choices=("ram", "disk", "off"))  # fmt: skip
     workers: int | None = _ask("int", "Data", "loader processes; 0 loads in the main process",
                                aliases=("num_workers",), low=0, high=256)  # fmt: skip
 
-    augment: str | None = _ask("choice", "Augmentation", "strength of the preset", choices=("off", "light", "standard"))
+    augment: str | None = _ask("choice", "Augmentation", "strength of the preset",
+                               choices=("off", "light", "standard", "strong"))  # fmt: skip
+    policy: str | None = _ask("choice", "Augmentation", "random operations: TrivialAugment or RandAugment",
+                              choices=("off", "trivial", "rand"))  # fmt: skip
+    erase: float | None = _ask("float", "Augmentation", "probability that a rectangle is erased",
+                               aliases=("erasing", "random_erasing"), low=0.0, high=1.0)  # fmt: skip
+    close_augment: float | None = _ask("float", "Augmentation", "share of the epochs at the end without strong augmentation",
+                                       low=0.0, high=1.0)  # fmt: skip
     flip: float | None = _ask("float", "Augmentation", "probability of a mirrored image", aliases=("fliplr",), low=0.0,
                               high=1.0)  # fmt: skip
     mixup: float | None = _ask("float", "Augmentation", "alpha of mixup; 0 is off", low=0.0, high=10.0)
     cutmix: float | None = _ask("float", "Augmentation", "alpha of cutmix; 0 is off", low=0.0, high=10.0)
 
+    balance: str | None = _ask("choice", "Optimisation", "against class imbalance: sampling, loss weights, logit adjustment",
+                               choices=("off", "sample", "loss", "logit"))  # fmt: skip
     optimizer: str | None = _ask(
         "choice", "Optimisation", "adamw, adam or sgd", aliases=("opt",), choices=("adamw", "adam", "sgd")
     )

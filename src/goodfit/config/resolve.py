@@ -26,6 +26,11 @@ BACKBONE_LR = (
     0.3  # of the rate from scratch, where the backbone is pretrained (trashnet: 1.0 lost 4 points, see dev/LOG.md)
 )
 HEAD_LR = 10  # times the rate of a pretrained backbone
+IMBALANCE = 5.0  # largest class over smallest, from which training is balanced
+BALANCE = "logit"
+BALANCE_REASON = "rare classes are not sacrificed"
+CACHE_SECONDS = 30.0  # of decoding, from which a cache is worth a file
+CLOSE_AUGMENT = 0.1
 MODEL_FOR_SMALL_PICTURES = "resnet10t"
 MODEL_FOR_PHOTOS = "resnet18.a1_in1k"
 
@@ -147,8 +152,8 @@ def resolve(request: TrainRequest, facts: Facts, base: Plan | None = None) -> Pl
         **_regularisation(choose, data, model, pretrained),
         patience=choose("patience", 50, "the guides' default; warm-up is not counted"),
         min_delta=choose("min_delta", 0.001, "the guides' default, relative"),
-        monitor=choose("monitor", "accuracy", "what the test will report; ties are broken by the loss"),
-        **_execution(choose, facts, imgsz.value),
+        **_balance(choose, data),
+        **_execution(choose, facts, imgsz.value, epochs.value),
         seed=choose("seed", 0, "fixed, so that the run can be repeated"),
         deterministic=choose("deterministic", False, "the CPU repeats itself anyway; on a GPU it costs speed"),
         rehearse=choose("rehearse", True, "a minute now against a night lost"),
@@ -166,7 +171,7 @@ def _data_decisions(request: TrainRequest, data: DataFacts, base: Plan | None) -
         split = Decision(split.value, reason, split.source)
     choose = _Chooser(request, base)
     return {
-        "task": choose("task", "classify", "images with one class each"),
+        "task": choose("task", data.task, "images with one class each"),
         "format": choose("format", data.format, data.format_reason),
         "split": split,
         "split_seed": plan.split_seed,
@@ -305,12 +310,60 @@ def _regularisation(choose: _Chooser, data: DataFacts, model: ModelFacts, pretra
         "ema": choose("ema", True, "the average of the last steps validates better than the last step"),
         "augment": augment,
         "flip": flip,
-        "mixup": choose("mixup", 0.0, "helps only long training"),
-        "cutmix": choose("cutmix", 0.0, "helps only long training"),
+        **_policies(choose, augment.value),
     }  # fmt: skip
 
 
-def _execution(choose: _Chooser, facts: Facts, imgsz: int) -> dict[str, Any]:
+def _policies(choose: _Chooser, augment: str) -> dict[str, Any]:
+    strong = augment == "strong"
+    why = "part of the strong preset" if strong else "helps only long training"
+    policy = choose("policy", "trivial" if strong else "off", why)
+    erase = choose("erase", 0.25 if strong else 0.0, why)
+    mixup, cutmix = choose("mixup", 0.2 if strong else 0.0, why), choose("cutmix", 1.0 if strong else 0.0, why)
+    distorts = augment != "off" or policy.value != "off" or erase.value + mixup.value + cutmix.value > 0
+    close = choose("close_augment", CLOSE_AUGMENT if distorts else 0.0,
+                   "the last tenth of the epochs on pictures as they will be served" if distorts else "nothing to switch off")  # fmt: skip
+    return {"policy": policy, "erase": erase, "mixup": mixup, "cutmix": cutmix, "close_augment": close}
+
+
+def _cache(choose: _Chooser, facts: Facts, imgsz: int, epochs: int) -> Decision[str]:
+    """Where decoded training pictures are kept, by what decoding costs and where there is room.
+
+    Memory, if decoding all of them again at the next run costs little; else the disk, where the next run finds them.
+    """
+    data, machine = facts.data, facts.machine
+    size = data.num_train * data.pixel_bytes_at * imgsz**2
+    seconds = data.num_train * data.decode_seconds / machine.num_cores
+    in_memory, on_disk = size <= 0.25 * machine.free_memory, size <= 0.25 * machine.free_disk
+    if epochs == 1:
+        value, why = "off", "each picture is used once"
+    elif in_memory and (seconds <= CACHE_SECONDS or not on_disk):
+        value, why = "ram", f"decoding again at the next run takes {seconds:.0f} s"
+    elif on_disk:
+        value, why = "disk", f"decoding takes {seconds:.0f} s, which the next run saves"
+    else:
+        value, why = "off", "they fit neither into memory nor onto the disk"
+    decision = choose("cache", value,
+                      f"{1e3 * data.decode_seconds:.1f} ms to decode one, {size / 1e6:,.0f} MB in all, "
+                      f"{machine.free_memory / 1e9:.0f} GB memory and {machine.free_disk / 1e9:.0f} GB disk free: {why}")  # fmt: skip
+    return Decision(decision.value, decision.reason, "measured") if decision.source == "rule" else decision
+
+
+def _balance(choose: _Chooser, data: DataFacts) -> dict[str, Any]:
+    ratio = data.largest_class / max(1, data.smallest_class)
+    if ratio < IMBALANCE:
+        balance = choose("balance", "off", f"the largest class has {ratio:.1f} times the images of the smallest")
+    else:
+        balance = choose("balance", BALANCE, f"the largest class has {ratio:.0f} times the images of the smallest, "
+                         f"{IMBALANCE:g} or more: {BALANCE_REASON}")  # fmt: skip
+    if balance.value == "off":
+        monitor = choose("monitor", "accuracy", "what the test will report; ties are broken by the loss")
+    else:
+        monitor = choose("monitor", "macro_f1", "every class counts the same, as in balanced training")
+    return {"balance": balance, "monitor": monitor}
+
+
+def _execution(choose: _Chooser, facts: Facts, imgsz: int, epochs: int) -> dict[str, Any]:
     machine = facts.machine
     if machine.device == "cuda":
         precision = ("bf16", "this GPU has it") if machine.native_bf16 else ("fp16", "this GPU has no bf16")
@@ -318,12 +371,8 @@ def _execution(choose: _Chooser, facts: Facts, imgsz: int) -> dict[str, Any]:
         precision = ("bf16", "this CPU has bf16 instructions: twice the convolution speed of fp32")
     else:
         precision = ("fp32", "no fast half precision on this device")
-    cache_bytes = facts.data.num_train * facts.data.pixel_bytes_at * imgsz**2
-    fits = cache_bytes <= 0.25 * machine.free_memory
-    cache = choose("cache", "ram" if fits else "off",
-                   f"{cache_bytes / 1e6:,.0f} MB decoded, {machine.free_memory / 1e9:.1f} GB free")  # fmt: skip
+    cache = _cache(choose, facts, imgsz, epochs)
     workers = min(8, max(1, machine.num_cores - 1))
-    accelerator = machine.device != "cpu"
     return {
         "precision": choose("precision", *precision),
         "channels_last": choose("channels_last", machine.device != "mps",
@@ -333,7 +382,7 @@ def _execution(choose: _Chooser, facts: Facts, imgsz: int) -> dict[str, Any]:
         "cache": cache,
         "workers": choose(
             "workers",
-            workers if accelerator or cache.value == "off" else 0,
-            "loads beside the model" if accelerator or cache.value == "off" else "the cache makes them needless",
+            workers if cache.value == "off" else 0,
+            "decoding runs beside the model" if cache.value == "off" else "the cache makes them needless",
         ),
     }  # fmt: skip

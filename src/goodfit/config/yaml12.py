@@ -31,7 +31,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise RequestError(f"Could not read the file: {error}.", where=str(path), next="check cfg=FILE") from error
     try:
         value = yaml.load(text, Loader=_loader())  # noqa: S506 - a SafeLoader with fewer types
-    except (yaml.YAMLError, RecursionError) as error:
+    except (
+        yaml.YAMLError,
+        RecursionError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:  # odd tags and huge numbers
         raise RequestError(f"Not a YAML file of options: {error}", where=str(path)) from error
     if value is None:
         return {}

@@ -1,4 +1,7 @@
-"""Per-sample augmentation that moves pixels: a pure function of (seed, epoch, sample), on uint8."""
+"""Per-sample augmentation that moves pixels: a pure function of (seed, epoch, sample), on uint8.
+
+Where pixels go is described by `Placement`, so that boxes, points and masks can go the same way.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+import torch
 
 from goodfit.core.random import stream, uniform
 
@@ -27,42 +30,93 @@ class AugmentPreset:
         zoom: The centre square is scaled by 1 ± zoom.
         shift: ... and moved by up to this share of its side, in both directions.
         colour: Brightness and contrast vary by ± this share, saturation by as much.
+        policy: "off", "trivial" or "rand": see policy.py.
+        erase: Probability that a rectangle is erased (Zhong et al. 2020).
     """
 
     area: tuple[float, float] | None = None
     zoom: float = 0.0
     shift: float = 0.0
     colour: float = 0.0
+    policy: str = "off"
+    erase: float = 0.0
+
+    def closing(self) -> AugmentPreset:
+        """What is left of the preset at the end of a run, when the model settles on undistorted pictures: small moves."""
+        if self.area is not None:
+            return AugmentPreset(area=(max(self.area[0], 0.7), self.area[1]))
+        return AugmentPreset(zoom=self.zoom / 3, shift=self.shift / 3)
 
 
 PRESETS = {
     "off": AugmentPreset(),
     "light": AugmentPreset(zoom=0.15, shift=0.1),
     "standard": AugmentPreset(area=(0.35, 1.0), colour=0.2),
+    "strong": AugmentPreset(area=(0.2, 1.0), policy="trivial", erase=0.25),
 }
 
 
-def crop_boxes(
-    preset: AugmentPreset, *, seed: int, epoch: int, samples: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64],
-    size: int, resize: int,
-) -> npt.NDArray[np.float64]:  # fmt: skip
-    """Which part of each picture becomes the input.
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where the pixels of some pictures go: a box of each is scaled to the square input, and may be mirrored.
+
+    Attributes:
+        boxes: Left, top, right, bottom in pixels of the picture, int64, shape (N, 4); may reach over the border.
+        mirrored: bool, shape (N,).
+        size: Side of the input, pixels.
+    """
+
+    boxes: npt.NDArray[np.int64]
+    mirrored: npt.NDArray[np.bool_]
+    size: int
+
+    def points(self, number: int, points: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+        """Points (x, y) of picture `number` as they lie in the input. Shape: (P, 2)."""
+        left, top, right, bottom = self.boxes[number].tolist()
+        moved = (points - (left, top)) * (self.size / (right - left), self.size / (bottom - top))
+        if self.mirrored[number]:
+            moved[:, 0] = self.size - moved[:, 0]
+        return moved
+
+    def objects(self, number: int, boxes: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+        """Boxes (left, top, right, bottom) of picture `number` as they lie in the input, not clipped. Shape: (B, 4)."""
+        moved = self.points(number, boxes.reshape(-1, 2)).reshape(-1, 4)
+        if self.mirrored[number]:
+            moved = moved[:, [2, 1, 0, 3]]
+        return moved
+
+
+def place(
+    preset: AugmentPreset, *, seed: int, epoch: int, samples: npt.NDArray[np.int64], sizes: npt.NDArray[np.integer],
+    size: int, resize: int, flip: float,
+) -> Placement:  # fmt: skip
+    """Draw which part of each picture becomes the input, and whether it is mirrored.
 
     Args:
+        preset: How strongly.
         samples: Row of each sample in the index, shape (N,).
         sizes: Width and height of each picture, pixels, shape (N, 2).
         size, resize: As in Preprocessing, for presets that start from the centre square.
-
-    Returns:
-        Left, top, right, bottom in pixels, shape (N, 4); may reach over the border for `zoom` and `shift`.
+        flip: Probability of a mirror image.
     """
-    draws = uniform(_CROP, seed, epoch, samples[:, None], np.arange(4 * _TRIES))
+    boxes = _crop_boxes(preset, seed, epoch, samples, sizes, size / resize)
+    low = np.rint(boxes[:, :2]).astype(np.int64)
+    high = np.maximum(low + 1, np.rint(boxes[:, 2:]).astype(np.int64))
+    return Placement(np.concatenate([low, high], axis=1), uniform(_FLIP, seed, epoch, samples) < flip, size)
+
+
+def _crop_boxes(
+    preset: AugmentPreset, seed: int, epoch: int, samples: npt.NDArray[np.int64], sizes: npt.NDArray[np.integer],
+    share: float,
+) -> npt.NDArray[np.float64]:  # fmt: skip
     width, height = sizes[:, 0].astype(np.float64), sizes[:, 1].astype(np.float64)
     if preset.area is None:
-        side = np.minimum(width, height) * size / resize * (1 + preset.zoom * (2 * draws[:, 0] - 1))
+        draws = uniform(_CROP, seed, epoch, samples[:, None], np.arange(3))
+        side = np.minimum(width, height) * share * (1 + preset.zoom * (2 * draws[:, 0] - 1))
         x = width / 2 + preset.shift * side * (2 * draws[:, 1] - 1)
         y = height / 2 + preset.shift * side * (2 * draws[:, 2] - 1)
         return np.stack([x - side / 2, y - side / 2, x + side / 2, y + side / 2], axis=1)
+    draws = uniform(_CROP, seed, epoch, samples[:, None], np.arange(4 * _TRIES))
     area = width[:, None] * height[:, None] * (preset.area[0] + (preset.area[1] - preset.area[0]) * draws[:, 0::4])
     ratio = np.exp(math.log(3 / 4) + math.log(16 / 9) * draws[:, 1::4])
     w, h = np.sqrt(area * ratio), np.sqrt(area / ratio)
@@ -77,26 +131,31 @@ def crop_boxes(
     return np.stack([left, top, left + w, top + h], axis=1)
 
 
-def cut(picture: npt.NDArray[np.uint8], box: npt.NDArray[np.float64], size: int) -> npt.NDArray[np.uint8]:
-    """Scale a box of a picture to (size, size) with an antialiased bilinear filter; beyond the border its edge is repeated.
+def cut(picture: npt.NDArray[np.uint8], box: npt.NDArray[np.int64], out: torch.Tensor) -> None:
+    """Scale a box of a picture to the input with an antialiased bilinear filter; beyond the border its edge is repeated.
+
+    Torch's kernel for uint8 images in channels-last order takes 100 µs for 230 × 210 to 160 × 160 pixels, and writes
+    straight into the batch; Pillow takes 450 µs, and grid_sample more.
 
     Args:
         picture: uint8, shape (height, width, 3).
         box: Left, top, right, bottom in pixels.
-
-    Returns:
-        uint8, shape (3, size, size).
+        out: Where it goes: uint8, shape (1, 3, size, size), in channels-last order.
     """
     height, width = picture.shape[:2]
-    left, top, right, bottom = (float(v) for v in box)
-    pad = math.ceil(max(0.0, -left, -top, right - width, bottom - height))
-    if pad:
-        picture = np.pad(picture, ((pad, pad), (pad, pad), (0, 0)), mode="edge")
-        left, top, right, bottom = left + pad, top + pad, right + pad, bottom + pad
-    height, width = picture.shape[:2]
-    inside = (max(0.0, left), max(0.0, top), min(float(width), right), min(float(height), bottom))
-    scaled = Image.fromarray(picture).resize((size, size), Image.Resampling.BILINEAR, box=inside)
-    return np.asarray(scaled, dtype=np.uint8).transpose(2, 0, 1)
+    left, top, right, bottom = box.tolist()
+    if left < 0 or top < 0 or right > width or bottom > height:
+        rows = np.clip(np.arange(top, bottom), 0, height - 1)
+        columns = np.clip(np.arange(left, right), 0, width - 1)
+        part = picture[rows[:, None], columns]
+    else:
+        part = picture[top:bottom, left:right]
+    source = torch.from_numpy(part).permute(2, 0, 1).unsqueeze(0)
+    if source.shape == out.shape:
+        out.copy_(source)
+    else:
+        size = out.shape[-1]
+        torch.ops.aten._upsample_bilinear2d_aa.out(source, [size, size], False, None, None, out=out)
 
 
 def colour_factors(
@@ -105,8 +164,3 @@ def colour_factors(
     """Brightness, contrast and saturation factors of each sample, around 1. Shape (N, 3), float32."""
     draws = uniform(_COLOUR, seed, epoch, samples[:, None], np.arange(3))
     return (1 + strength * (2 * draws - 1)).astype(np.float32)
-
-
-def flips(probability: float, *, seed: int, epoch: int, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """Which samples are mirrored. Shape (N,)."""
-    return uniform(_FLIP, seed, epoch, samples) < probability

@@ -6,38 +6,80 @@ loader gives the same micro-batches with any number of worker processes.
 
 from __future__ import annotations
 
+import functools
+import itertools
+import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+import torch.utils.data
 
 from goodfit.core.random import permutation, stream
-from goodfit.data.augment import AugmentPreset, crop_boxes, cut, flips
+from goodfit.data.augment import AugmentPreset, cut, place
 from goodfit.data.index import DatasetIndex
+from goodfit.data.policy import apply_operations, draw_operations
 from goodfit.data.store import PictureStore
 from goodfit.runtime.images import Preprocessing
 
 _ORDER = stream("order")
+_BALANCE = stream("balance")
 
-Sample = tuple[int, npt.NDArray[np.uint8], int]  # row, pixels (3, size, size), target
-Collate = Callable[[Sequence[Sample]], Any]
+COPY = 1 << 40  # a sample is row + COPY * (how often it came before in this epoch): each copy is augmented by itself
+
+Collate = Callable[[npt.NDArray[np.uint8], npt.NDArray[np.int64]], Any]  # images (N, 3, S, S), targets
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What fits at once: the samples' rows in the index, and the task's collated data."""
+    """What fits at once: the samples (rows of the index, see `row_of`), and the task's collated data."""
 
     samples: npt.NDArray[np.int64]
     data: Any
 
 
-def epoch_order(rows: npt.NDArray[np.int64], *, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """The rows in the order of an epoch, a function of (seed, epoch) alone."""
-    return rows[permutation(len(rows), _ORDER, seed, epoch)]
+def epoch_order(
+    rows: npt.NDArray[np.int64], *, seed: int, epoch: int, targets: npt.NDArray[np.int64] | None = None
+) -> npt.NDArray[np.int64]:
+    """The samples of an epoch in their order, a function of (seed, epoch) alone.
+
+    Args:
+        rows: The rows of the training split, shape (rows,).
+        targets: Their classes, for balanced sampling: then every class comes equally often (to within one), rare ones
+            again and again, each time as another sample (`row_of` tells its row), and of frequent ones another part in
+            every epoch. None takes each row once.
+    """
+    if targets is None:
+        return rows[permutation(len(rows), _ORDER, seed, epoch)]
+    classes = np.unique(targets)
+    start = epoch % len(classes)  # which classes get one more, where the number is no multiple
+    made = []
+    for number, target in enumerate(np.roll(classes, -start)):
+        members = rows[targets == target]
+        count = len(rows) // len(classes) + (number < len(rows) % len(classes))
+        first = epoch * (len(rows) // len(classes))  # go on where the last epoch ended
+        cycle, offset = divmod(first, len(members))
+        for copy in range(-(-(offset + count) // len(members))):
+            again = members[permutation(len(members), _BALANCE, seed, int(target), cycle + copy)] + copy * COPY
+            made.append(again[offset if copy == 0 else 0 : offset + count - copy * len(members)])
+    samples = np.concatenate(made)
+    return samples[permutation(len(samples), _ORDER, seed, epoch)]
+
+
+def row_of(samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The rows of samples, some of which may be further copies of one row."""
+    return samples % COPY
+
+
+@functools.lru_cache(maxsize=4)
+def _pool(threads: int, _process: int) -> ThreadPoolExecutor:
+    """Threads to cut pictures with; each process has its own, since threads do not survive a fork."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="goodfit-cut")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,19 +94,37 @@ class TrainSamples:
     seed: int
     collate: Collate
 
-    def micro_batch(self, epoch: int, samples: npt.NDArray[np.int64]) -> MicroBatch:
-        """The collated, augmented samples of an epoch."""
-        pictures = [self.store.get(int(row)) for row in samples]
+    def micro_batch(
+        self, epoch: int, samples: npt.NDArray[np.int64], *, closing: bool = False, threads: int = 1
+    ) -> MicroBatch:
+        """The collated, augmented samples of an epoch; with its mild form while `closing`, at the end of a run."""
+        preset = self.preset.closing() if closing else self.preset
+        rows = row_of(samples)
+        if threads > 1 and not self.store.is_warm:  # decoding is worth a thread, reading the cache is not
+            pictures = list(_pool(threads, os.getpid()).map(self.store.get, rows.tolist()))
+        else:
+            pictures = [self.store.get(row) for row in rows.tolist()]
         sizes = np.array([(p.shape[1], p.shape[0]) for p in pictures], np.int64)
         size = self.preprocessing.size
-        boxes = crop_boxes(self.preset, seed=self.seed, epoch=epoch, samples=samples, sizes=sizes, size=size,
-                           resize=self.preprocessing.resize)  # fmt: skip
-        mirrored = flips(self.flip, seed=self.seed, epoch=epoch, samples=samples)
-        made: list[Sample] = []
-        for row, picture, box, mirror in zip(samples, pictures, boxes, mirrored, strict=True):
-            pixels = cut(picture, box, size)
-            made.append((int(row), pixels[:, :, ::-1] if mirror else pixels, int(self.index.targets[row])))
-        return MicroBatch(samples, self.collate(made))
+        placed = place(preset, seed=self.seed, epoch=epoch, samples=samples, sizes=sizes, size=size,
+                       resize=self.preprocessing.resize, flip=self.flip)  # fmt: skip
+        operations = draw_operations(preset.policy, seed=self.seed, epoch=epoch, samples=samples)
+        made = np.empty((len(samples), size, size, 3), np.uint8)
+        batch = torch.from_numpy(made).permute(0, 3, 1, 2)
+
+        def fill(start: int, stop: int) -> None:
+            for k in range(start, stop):
+                cut(pictures[k], placed.boxes[k], batch[k : k + 1])
+                if placed.mirrored[k]:
+                    made[k] = made[k, :, ::-1].copy()
+                apply_operations(operations[k], made[k])
+
+        bounds = np.linspace(0, len(samples), max(1, min(threads, len(samples))) + 1).astype(int).tolist()
+        waiting = [_pool(threads, os.getpid()).submit(fill, a, b) for a, b in itertools.pairwise(bounds[1:])]
+        fill(bounds[0], bounds[1])
+        for part in waiting:
+            part.result()
+        return MicroBatch(samples, self.collate(made.transpose(0, 3, 1, 2), self.index.targets[rows]))
 
 
 class TrainLoader:
@@ -78,17 +138,21 @@ class TrainLoader:
         rows: The rows of the training split, shape (rows,).
         batch: Samples per update over all processes.
         workers: Loader processes; 0 loads in this one.
+        threads: Threads that cut pictures where there is no loader process.
+        balance: Every class equally often.
         rank, size: This process among how many.
     """
 
     def __init__(
-        self, samples: TrainSamples, rows: npt.NDArray[np.int64], *, batch: int, workers: int, rank: int = 0,
-        size: int = 1,
+        self, samples: TrainSamples, rows: npt.NDArray[np.int64], *, batch: int, workers: int, threads: int = 1,
+        balance: bool = False, rank: int = 0, size: int = 1,
     ) -> None:  # fmt: skip
         self.samples = samples
         self.rows = rows
         self.batch = min(batch, len(rows))
         self.workers = workers
+        self.threads = threads
+        self._targets = samples.index.targets[rows] if balance else None
         self.rank = rank
         self.size = size
 
@@ -98,35 +162,38 @@ class TrainLoader:
         return len(self.rows) // self.batch
 
     def step_samples(self, epoch: int, position: int) -> npt.NDArray[np.int64]:
-        """This process's rows of the update that starts after `position` samples of the epoch."""
-        order = epoch_order(self.rows, seed=self.samples.seed, epoch=epoch)
-        return order[position : position + self.batch][self.rank :: self.size]
+        """This process's samples of the update that starts after `position` samples of the epoch."""
+        return self._order(epoch)[position : position + self.batch][self.rank :: self.size]
 
     def group(self, epoch: int, position: int, num_micro: int) -> list[MicroBatch]:
         """The micro-batches of one update, made here and now."""
         chunks = np.array_split(self.step_samples(epoch, position), num_micro)
-        return [self.samples.micro_batch(epoch, chunk) for chunk in chunks if len(chunk)]
+        return [self.samples.micro_batch(epoch, chunk, threads=self.threads) for chunk in chunks if len(chunk)]
 
-    def groups(self, epoch: int, position: int, num_micro: int) -> Iterator[list[MicroBatch]]:
+    def groups(
+        self, epoch: int, position: int, num_micro: int, *, closing: bool = False
+    ) -> Generator[list[MicroBatch]]:
         """The micro-batches of every update left in an epoch, from `position` samples on."""
-        order = epoch_order(self.rows, seed=self.samples.seed, epoch=epoch)
+        order = self._order(epoch)
         starts = range(position, self.steps_per_epoch * self.batch, self.batch)
         chunks = [
             [c for c in np.array_split(order[s : s + self.batch][self.rank :: self.size], num_micro) if len(c)]
             for s in starts
         ]
-        made = self._make(epoch, [chunk for group in chunks for chunk in group])
+        made = self._make(epoch, [chunk for group in chunks for chunk in group], closing)
         for group in chunks:
             yield [next(made) for _ in group]
 
-    def _make(self, epoch: int, chunks: list[npt.NDArray[np.int64]]) -> Iterator[MicroBatch]:
-        if self.workers == 0 or not chunks:
-            yield from (self.samples.micro_batch(epoch, chunk) for chunk in chunks)
-            return
-        import torch.utils.data
+    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
+        return epoch_order(self.rows, seed=self.samples.seed, epoch=epoch, targets=self._targets)
 
+    def _make(self, epoch: int, chunks: list[npt.NDArray[np.int64]], closing: bool) -> Iterator[MicroBatch]:
+        if self.workers == 0 or not chunks:
+            for chunk in chunks:
+                yield self.samples.micro_batch(epoch, chunk, closing=closing, threads=self.threads)
+            return
         yield from torch.utils.data.DataLoader(
-            _EpochChunks(self.samples, epoch, chunks),
+            _EpochChunks(self.samples, epoch, chunks, closing),
             batch_size=None,
             num_workers=min(self.workers, len(chunks)),
             prefetch_factor=2,
@@ -147,12 +214,13 @@ class _EpochChunks:
     samples: TrainSamples
     epoch: int
     chunks: list[npt.NDArray[np.int64]]
+    closing: bool
 
     def __len__(self) -> int:
         return len(self.chunks)
 
     def __getitem__(self, number: int) -> MicroBatch:
-        return self.samples.micro_batch(self.epoch, self.chunks[number])
+        return self.samples.micro_batch(self.epoch, self.chunks[number], closing=self.closing)
 
 
 class EvalLoader:
@@ -178,9 +246,8 @@ class EvalLoader:
         with ThreadPoolExecutor(self._threads) as pool:
             for start in range(0, len(self.rows), self._batch):
                 rows = self.rows[start : start + self._batch]
-                pixels = pool.map(self._pixels, (int(r) for r in rows))
-                made = [(int(r), p, int(self._index.targets[r])) for r, p in zip(rows, pixels, strict=True)]
-                yield MicroBatch(rows, self._collate(made))
+                pixels = [p.transpose(1, 2, 0) for p in pool.map(self._pixels, rows.tolist())]
+                yield MicroBatch(rows, self._collate(np.stack(pixels).transpose(0, 3, 1, 2), self._index.targets[rows]))
 
     def _pixels(self, row: int) -> npt.NDArray[np.uint8]:
         if self._kept is not None and row in self._kept:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,8 +38,8 @@ class Meter(Protocol):
 class Task(Protocol):
     """What is learned, in five methods."""
 
-    def collate(self, samples: Sequence[Any]) -> Any:
-        """Samples to a batch."""
+    def collate(self, images: npt.NDArray[np.uint8], targets: Any) -> Any:
+        """The inputs and targets of some samples, as one batch."""
 
     def loss(self, model: nn.Module, batch: Any) -> Terms:
         """Each term of the loss as a sum over the batch and the count that normalises it; one call of the model."""
@@ -58,7 +58,7 @@ class BatchTransform(Protocol):
     """What is done to a batch on the device: a pure function of the batch and its keys."""
 
     def train(
-        self, batch: Any, *, epoch: int, step: int, rank: int, micro: int, samples: npt.NDArray[np.int64]
+        self, batch: Any, *, epoch: int, step: int, rank: int, micro: int, samples: npt.NDArray[np.int64], closing: bool
     ) -> Any: ...
 
     def evaluate(self, batch: Any) -> Any: ...
@@ -73,7 +73,7 @@ class TrainingData(Protocol):
     @property
     def steps_per_epoch(self) -> int: ...
 
-    def groups(self, epoch: int, position: int, num_micro: int) -> Iterator[Any]: ...
+    def groups(self, epoch: int, position: int, num_micro: int, *, closing: bool) -> Generator[Any]: ...
 
 
 class EvaluationData(Protocol):

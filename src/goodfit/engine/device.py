@@ -12,6 +12,7 @@ import torch
 
 from goodfit.config.facts import MachineFacts
 from goodfit.core.errors import RequestError
+from goodfit.core.places import cache_folder, free_bytes
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,6 +36,7 @@ def find_machine(asked: str | None) -> MachineFacts:
         native_bf16=_native_bf16(name),
         num_cores=num_cores(),
         free_memory=int(psutil.virtual_memory().available),
+        free_disk=free_bytes(cache_folder()),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -49,32 +50,34 @@ def fit(
     epoch = _Epoch(state, journal)
     while not state.progress.finished:
         progress = state.progress
-        groups = train.groups(progress.epoch, progress.position, progress.num_micro)
+        progress.closing = progress.schedule.is_closing(progress.step - progress.position // train.batch)
         out_of_memory = False
-        epoch.start()
-        while not out_of_memory and (group := next(groups, None)) is not None:
-            epoch.loaded()
-            if progress.step == progress.schedule.stable_until and progress.step > 0:
-                epoch.drain()
-                checkpoints.save(take_snapshot(state, pinned=True))  # extensions and cool-downs start here
-            buffers = copy_buffers(state.model)
-            try:
-                record = train_step(state, context, group, progress.schedule.factor(progress.step), buffers)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                del group
-                restore_buffers(state.model, buffers)
-                halve_micro_batch(state, train, journal, context)
-                out_of_memory = True
-                continue
-            progress.position += train.batch
-            epoch.add(record)
-            if context.ranks.any(stop()):
-                _save_and_stop(state, checkpoints, epoch, stop)
-            if context.ranks.any(checkpoints.is_overdue()):
-                epoch.drain()
-                checkpoints.save(take_snapshot(state))
+        remaining = train.groups(progress.epoch, progress.position, progress.num_micro, closing=progress.closing)
+        with closing(remaining) as groups:  # whatever ends the epoch, loader processes end with it
+            epoch.start()
+            while not out_of_memory and (group := next(groups, None)) is not None:
+                epoch.loaded()
+                if progress.step == progress.schedule.stable_until and progress.step > 0:
+                    epoch.drain()
+                    checkpoints.save(take_snapshot(state, pinned=True))  # extensions and cool-downs start here
+                buffers = copy_buffers(state.model)
+                try:
+                    record = train_step(state, context, group, progress.schedule.factor(progress.step), buffers)
+                except (torch.OutOfMemoryError, RuntimeError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    del group
+                    restore_buffers(state.model, buffers)
+                    halve_micro_batch(state, train, journal, context)
+                    out_of_memory = True
+                    continue
+                progress.position += train.batch
+                epoch.add(record)
+                if context.ranks.any(stop()):
+                    _save_and_stop(state, checkpoints, epoch, stop)
+                if context.ranks.any(checkpoints.is_overdue()):
+                    epoch.drain()
+                    checkpoints.save(take_snapshot(state))
         if out_of_memory:
             continue  # the same batch again, in smaller parts
         epoch.drain()

@@ -23,6 +23,7 @@ class Schedule:
         total_steps: Step at which it ends.
         lrf: Last factor, a share of the peak.
         start_factor: Factor from which the decay starts.
+        closing_from: Step from which strong augmentation is off; -1 if it never is.
     """
 
     kind: str
@@ -31,6 +32,11 @@ class Schedule:
     total_steps: int
     lrf: float
     start_factor: float = 1.0
+    closing_from: int = -1
+
+    def is_closing(self, step: int) -> bool:
+        """Whether strong augmentation is off in an epoch that begins at `step`."""
+        return 0 <= self.closing_from <= step
 
     def factor(self, step: int) -> float:
         """The factor on the peak learning rate for the update that follows `step` updates."""
@@ -43,20 +49,29 @@ class Schedule:
         return self.lrf + (self.start_factor - self.lrf) * 0.5 * (1 + math.cos(math.pi * done))
 
     def cool_down(self, step: int, num_steps: int) -> Schedule:
-        """The schedule of a segment that starts at `step` and decays over the next `num_steps`."""
+        """The schedule of a segment that starts at `step` and decays over the next `num_steps`; its second half closes,
+        if this schedule would have closed."""
         return Schedule(kind="wsd", warmup_steps=0, stable_until=step, total_steps=step + num_steps, lrf=self.lrf,
-                        start_factor=self.factor(step))  # fmt: skip
+                        start_factor=self.factor(step),
+                        closing_from=-1 if self.closing_from < 0 else step + num_steps // 2)  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the checkpoint."""
         return asdict(self)
 
 
-def plan_schedule(kind: str, *, epochs: int, warmup: float, lrf: float, steps_per_epoch: int) -> Schedule:
-    """The schedule of a first segment. `epochs` and `warmup` are lengths in epochs."""
+def plan_schedule(
+    kind: str, *, epochs: int, warmup: float, lrf: float, steps_per_epoch: int, close: float = 0.0
+) -> Schedule:
+    """The schedule of a first segment. `epochs` and `warmup` are lengths in epochs, `close` is the share of them at the
+    end without strong augmentation, rounded to whole epochs."""
     total = epochs * steps_per_epoch
+    closing = round(close * epochs)
+    closing_from = total - closing * steps_per_epoch if closing else -1
     warmup_steps = min(round(warmup * steps_per_epoch), total // 2)
     if kind == "cosine":
-        return Schedule(kind=kind, warmup_steps=warmup_steps, stable_until=warmup_steps, total_steps=total, lrf=lrf)
+        return Schedule(kind=kind, warmup_steps=warmup_steps, stable_until=warmup_steps, total_steps=total, lrf=lrf,
+                        closing_from=closing_from)  # fmt: skip
     stable_until = max(warmup_steps, total - max(1, round(DECAY_SHARE * total)))
-    return Schedule(kind=kind, warmup_steps=warmup_steps, stable_until=stable_until, total_steps=total, lrf=lrf)
+    return Schedule(kind=kind, warmup_steps=warmup_steps, stable_until=stable_until, total_steps=total, lrf=lrf,
+                    closing_from=closing_from)  # fmt: skip

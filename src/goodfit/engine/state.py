@@ -25,6 +25,7 @@ class Progress:
         step: Updates done, counted along the branch.
         epoch: Number of the epoch in progress, from 0.
         position: Samples consumed in it, over all processes.
+        closing: Whether strong augmentation is off in it.
         num_micro: Micro-batches per update and process; doubled when memory runs out.
         schedule: The learning-rate schedule of this segment.
         best: Segment, step, epoch, value and loss of the best validation so far; None before the first.
@@ -42,6 +43,7 @@ class Progress:
     step: int = 0
     epoch: int = 0
     position: int = 0
+    closing: bool = False
     num_micro: int = 1
     best: dict[str, Any] | None = None
     bad_epochs: int = 0

@@ -65,7 +65,8 @@ def train_step(
     for number, micro in enumerate(group):
         device.seed(derive_seed(_MODEL, context.seed, state.step, ranks.rank, number))
         batch = context.transform.train(device.move(micro.data), epoch=state.progress.epoch, step=state.step,
-                                        rank=ranks.rank, micro=number, samples=micro.samples)  # fmt: skip
+                                        rank=ranks.rank, micro=number, samples=micro.samples,
+                                        closing=state.progress.closing)  # fmt: skip
         with device.autocast():
             terms = context.task.loss(model, batch)
         sums.backward(terms)
@@ -109,7 +110,7 @@ class _TermSums:
             self._sums[name] = self._sums.get(name, 0) + total.detach()
             self._counts[name] = self._counts.get(name, 0) + number
         if self._alone:
-            parts = [total / self._counts[name].clamp(min=1) for name, (total, _) in terms.items()]
+            parts = [total / _divisor(self._counts[name]) for name, (total, _) in terms.items()]
             (torch.stack(parts).sum() * self._loss_scale).backward()
         elif len(terms) == 1:
             ((total,),) = ((t for t, _ in terms.values()),)
@@ -125,7 +126,7 @@ class _TermSums:
 
     def finish(self, ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss, and the number that the gradients must be divided by; both scalars on the device."""
-        counts = {name: ranks.sum_(count).clamp(min=1) for name, count in self._counts.items()}
+        counts = {name: _divisor(ranks.sum_(count)) for name, count in self._counts.items()}
         loss = torch.stack([ranks.sum_(self._sums[name]) / counts[name] for name in counts]).sum()
         scale = self._loss_scale
         if self._apart:
@@ -140,3 +141,8 @@ class _TermSums:
                 if parameter.grad is not None:
                     ranks.sum_(parameter.grad)
         return loss, scale
+
+
+def _divisor(count: torch.Tensor) -> torch.Tensor:
+    """A count to divide by: 1 where nothing was counted, and so the sum is zero."""
+    return torch.where(count == 0, torch.ones_like(count), count)

@@ -1,13 +1,20 @@
-"""The pictures of a run, drawn from its records: results.png and confusion_matrix.png."""
+"""The pictures of a run: results.png and confusion_matrix.png from its records, batches from its tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
 
 from goodfit.core.journal import Event
+from goodfit.data.draw import contact_sheet
+from goodfit.runtime.images import Preprocessing
 
 COLOURS = {"train": "#4c78a8", "val": "#e45756", "metric": "#54a24b", "lr": "#9d755d", "grid": "#dddddd"}
+MAX_PICTURES = 16  # of a batch
 MAX_NAMED_CLASSES = 30  # above this, tick labels would overlap
 
 
@@ -65,3 +72,25 @@ def plot_confusion(confusion: Sequence[Sequence[int]], class_names: Sequence[str
                     axis.text(x, y, str(count), ha="center", va="center", fontsize=9,
                               color="white" if shares[y][x] > 0.5 else "black")  # fmt: skip
     figure.savefig(path, dpi=110)
+
+
+def plot_batch(batch: dict[str, Any], class_names: Sequence[str], preprocessing: Preprocessing, path: Path) -> None:
+    """The input of a model as pictures, with the labels: what it really sees, after augmentation.
+
+    Args:
+        batch: `image`, normalised, float32, shape (N, 3, S, S), and `target`, int64 of shape (N,) or shares of shape
+            (N, classes).
+        preprocessing: Whose normalisation is undone.
+    """
+    images = batch["image"][:MAX_PICTURES].float().cpu().numpy()
+    mean, std = np.array(preprocessing.mean).reshape(3, 1, 1), np.array(preprocessing.std).reshape(3, 1, 1)
+    pixels = np.clip(np.rint(255 * (images * std + mean)), 0, 255).astype(np.uint8)
+    captions = [_caption(target, class_names) for target in batch["target"][:MAX_PICTURES]]
+    contact_sheet(pixels, captions, columns=4).save(path)
+
+
+def _caption(target: torch.Tensor, class_names: Sequence[str]) -> str:
+    if target.ndim == 0:
+        return class_names[int(target)]
+    shares = [(float(s), class_names[c]) for c, s in enumerate(target) if float(s) > 0.005]
+    return " + ".join(f"{name} {100 * share:.0f} %" for share, name in sorted(shares, reverse=True)[:2])

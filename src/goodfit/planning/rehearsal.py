@@ -123,7 +123,7 @@ def _start_loss(model: nn.Module, context: StepContext, batch: Sequence[Micro]) 
             total += sum(float(s) for s, _ in terms.values())
             count += max(float(c) for _, c in terms.values())
     model.train(was_training)
-    return total / max(1.0, count)
+    return total / (count or 1.0)
 
 
 def _check_start(loss: float, chance: float) -> Check:

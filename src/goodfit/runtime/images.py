@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from goodfit.core.errors import DataError
 
+try:
+    import simplejpeg as _simplejpeg
+except ImportError:  # Pillow gives the same pixels
+    _simplejpeg = None
+
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a 24-bit picture of a quarter of a gigabyte
+
+_DAMAGE = "goodfit damage"  # key in Image.info
 
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -31,6 +39,14 @@ class ImageError(DataError):
         self.kind = kind
 
 
+def read_file(source: Path | bytes, *, where: str = "") -> bytes:
+    """The bytes of an image file; raises ImageError if it cannot be read."""
+    try:
+        return source.read_bytes() if isinstance(source, Path) else source
+    except OSError as error:
+        raise ImageError(f"The file cannot be read: {error.strerror}.", kind="unreadable", where=where) from error
+
+
 def open_image(source: Path | bytes, *, where: str = "") -> Image.Image:
     """Open an image by its header, without decoding it.
 
@@ -38,10 +54,7 @@ def open_image(source: Path | bytes, *, where: str = "") -> Image.Image:
         ImageError: there is no such file, it is empty, it is not an image, or it has more than 89 million pixels.
     """
     where = where or (str(source) if isinstance(source, Path) else "")
-    try:
-        data = source.read_bytes() if isinstance(source, Path) else source
-    except OSError as error:
-        raise ImageError(f"The file cannot be read: {error.strerror}.", kind="unreadable", where=where) from error
+    data = read_file(source, where=where)
     if not data:
         raise ImageError("The file is empty (zero bytes).", kind="unreadable", where=where)
     try:
@@ -63,35 +76,91 @@ def open_image(source: Path | bytes, *, where: str = "") -> Image.Image:
 
 def decode_image(source: Path | bytes, *, min_side: int | None = None, where: str = "") -> Image.Image:
     """Decode to upright 8-bit RGB: EXIF orientation applied, grey, palette, CMYK and 16-bit converted, transparency on
-    white, the first frame of animations.
+    white, the first frame of animations. The one function through which every picture is decoded.
+
+    JPEGs go through simplejpeg where it is installed (a quarter faster), else through Pillow, with equal pixels.
 
     Args:
         source: A path or the bytes of a file.
-        min_side: If the caller needs no more than this shorter side (pixels), a JPEG may be decoded at a reduced size
-            of at least that (DCT scaling, 6 times faster on 12-megapixel photos).
+        min_side: If the caller needs no more than this shorter side (pixels), a JPEG may be decoded at a half, a
+            quarter or an eighth of its size (DCT scaling, 6 times faster on 12-megapixel photos).
 
     Raises:
         ImageError: the file cannot be opened, or is cut off or damaged.
     """
-    image = open_image(source, where=where)
     where = where or (str(source) if isinstance(source, Path) else "")
+    data = read_file(source, where=where)
+    return decode_bytes(open_image(data, where=where), data, min_side=min_side, where=where)
+
+
+def decode_bytes(image: Image.Image, data: bytes, *, min_side: int | None = None, where: str = "") -> Image.Image:
+    """As decode_image, for an image that was opened from `data`."""
     try:
-        if min_side is not None and image.format == "JPEG":
-            image.draft(None, (min_side, min_side))
+        factor = _draft_factor(image, min_side)
+        fast = _decode_jpeg(image, data, factor)
+        if fast is not None:
+            return upright(fast, image.getexif)
+        if factor > 1:
+            image.draft(None, (image.width // factor, image.height // factor))
         image.load()
-        return to_rgb(upright(image))
+        return to_rgb(upright(image, image.getexif))
     except Exception as error:
-        truncated = isinstance(error, OSError | SyntaxError | IndexError | EOFError)
-        kind = "truncated" if truncated else "unreadable"
-        raise ImageError(f"The image is cut off or damaged: {error}.", kind=kind, where=where) from error
+        raise decoding_error(error, where) from error
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF orientation says; an EXIF block that cannot be read says nothing."""
+def damage(image: Image.Image) -> str:
+    """What was found wrong in an opened JPEG that decoded nevertheless; "" if nothing (or without simplejpeg)."""
+    return str(image.info.get(_DAMAGE, ""))
+
+
+def decoding_error(error: Exception, where: str = "") -> ImageError:
+    """What a decoder raised, as an ImageError of kind truncated or unreadable."""
+    truncated = isinstance(error, OSError | SyntaxError | IndexError | EOFError)
+    return ImageError(f"The image is cut off or damaged: {error}.", kind="truncated" if truncated else "unreadable",
+                      where=where)  # fmt: skip
+
+
+def _draft_factor(image: Image.Image, min_side: int | None) -> int:
+    """By how much a JPEG may be reduced while it is decoded: 1, 2, 4 or 8, as Pillow's draft mode chooses."""
+    if min_side is None or image.format != "JPEG":
+        return 1
+    scale = min(image.width // min_side, image.height // min_side)
+    return next((f for f in (8, 4, 2) if scale >= f), 1)
+
+
+def _decode_jpeg(image: Image.Image, data: bytes, factor: int) -> Image.Image | None:
+    """Pixels of a plain JPEG by libjpeg-turbo itself, reduced by the factor; None where Pillow must decide."""
+    if image.format != "JPEG" or image.mode not in ("RGB", "L") or _simplejpeg is None:
+        return None
+    height, width = -(-image.height // factor), -(-image.width // factor)
     try:
-        return ImageOps.exif_transpose(image) or image
+        pixels = _simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
+    except ValueError as error:  # it is stricter than Pillow, which reads on after small damage
+        image.info[_DAMAGE] = str(error)
+        return None
+    return Image.fromarray(pixels) if pixels.shape[:2] == (height, width) else None
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+
+
+def orientation(exif: Callable[[], Any]) -> int:
+    """The EXIF orientation, 1 to 8; 1 where the EXIF block says nothing or cannot be read."""
+    try:
+        value = exif().get(0x0112, 1)
     except Exception:  # Pillow raises many kinds for broken EXIF
-        return image
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def upright(image: Image.Image, exif: Callable[[], Any]) -> Image.Image:
+    """Turned as the EXIF orientation of its file says."""
+    turn = _TURNS.get(orientation(exif))
+    return image if turn is None else image.transpose(turn)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -179,4 +248,4 @@ class Preprocessing:
         left, top = (image.width - side) / 2, (image.height - side) / 2
         box = (left, top, left + side, top + side)
         scaled = image.resize((self.size, self.size), _RESAMPLING[self.interpolation], box=box)
-        return np.ascontiguousarray(np.asarray(scaled, dtype=np.uint8).transpose(2, 0, 1))
+        return np.asarray(scaled, dtype=np.uint8).transpose(2, 0, 1)

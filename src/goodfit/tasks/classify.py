@@ -22,28 +22,40 @@ class ClassifyTask:
     Args:
         class_names: Labels, in the order of the targets.
         label_smoothing: Share of the target mass spread evenly over all classes, in the training loss only.
+        class_weights: Weight of each class's samples in the training loss (balance=loss).
+        log_prior: Logarithm of each class's share, added to the logits in the training loss, so that the model learns
+            what tells the classes apart whatever their number (logit adjustment, Menon et al. 2021; balance=logit).
     """
 
-    def __init__(self, class_names: Sequence[str], *, label_smoothing: float = 0.0) -> None:
+    def __init__(
+        self, class_names: Sequence[str], *, label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None,
+        log_prior: Sequence[float] | None = None,
+    ) -> None:  # fmt: skip
         self.class_names = tuple(class_names)
         self.label_smoothing = label_smoothing
+        self.class_weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+        self.log_prior = None if log_prior is None else torch.tensor(log_prior, dtype=torch.float32)
 
-    def collate(self, samples: Sequence[tuple[int, npt.NDArray[np.uint8], int]]) -> dict[str, torch.Tensor]:
-        """Stack samples into `image` (uint8, shape (N, 3, S, S)) and `target` (int64, shape (N,))."""
-        images = np.stack([pixels for _, pixels, _ in samples])
-        targets = np.array([target for _, _, target in samples], np.int64)
+    def collate(self, images: npt.NDArray[np.uint8], targets: npt.NDArray[np.int64]) -> dict[str, torch.Tensor]:
+        """Name the parts of a batch: `image` (uint8, shape (N, 3, S, S)) and `target` (int64, shape (N,))."""
         return {"image": torch.from_numpy(images), "target": torch.from_numpy(targets)}
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> Terms:
-        """The summed cross-entropy and the number of samples; one call of the model.
+        """The summed cross-entropy and what it is divided by: the samples, or their class weights; one call of the model.
 
         `batch["target"]` is int64 of shape (N,), or class shares of shape (N, classes) after mixup or cutmix.
         """
         logits = model(batch["image"]).float()
-        total = nn.functional.cross_entropy(
-            logits, batch["target"], reduction="sum", label_smoothing=self.label_smoothing
-        )
-        return {"loss": (total, len(logits))}
+        target = batch["target"]
+        if self.log_prior is not None:
+            logits = logits + self.log_prior.to(logits.device)
+        if self.class_weights is None:
+            total = nn.functional.cross_entropy(logits, target, reduction="sum", label_smoothing=self.label_smoothing)
+            return {"loss": (total, len(logits))}
+        weights = self.class_weights.to(logits.device)
+        each = nn.functional.cross_entropy(logits, target, reduction="none", label_smoothing=self.label_smoothing)
+        share = weights[target] if target.ndim == 1 else target @ weights
+        return {"loss": ((each * share).sum(), share.sum())}
 
     def predict(self, model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
         """Logits, float32, shape (N, classes)."""
@@ -57,15 +69,17 @@ class ClassifyTask:
     def describe(self) -> dict[str, Any]:
         """The labels and the meaning of the output, and the losses that the rehearsal compares with.
 
-        `chance_loss` is that of a model that knows nothing, ln(classes); `lowest_loss` is the entropy of the smoothed
+        `chance_loss` is that of a model that knows nothing, ln(classes), or the entropy of the class shares where they
+        are added to the logits; `lowest_loss` is the entropy of the smoothed
         targets, which no model can beat.
         """
         num, smoothing = len(self.class_names), self.label_smoothing
+        prior = torch.full((num,), -math.log(num)) if self.log_prior is None else self.log_prior
         shares = [1 - smoothing + smoothing / num] + [smoothing / num] * (num - 1)
         return {
             "task": "classify",
             "labels": list(self.class_names),
             "output": "logits",
-            "chance_loss": math.log(num),
+            "chance_loss": float(-(prior.exp() * prior).sum()),
             "lowest_loss": -sum(s * math.log(s) for s in shares if s > 0),
         }

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from goodfit.core.journal import Event
 
 SHOWN = ("model", "pretrained", "imgsz", "batch", "precision", "optimizer", "lr", "head_lr", "schedule", "epochs",
-         "augment", "flip", "cache", "workers", "device")  # fmt: skip
+         "balance", "augment", "flip", "cache", "workers", "device")  # fmt: skip
 STAGE_WIDTH = 9
 WIDTH = 112
 
@@ -78,6 +78,9 @@ class Terminal:
     def _on_finding(self, event: Event) -> None:
         first = f" (first: {event['items'][0]})" if event["items"] else ""
         self._say("audit", f"{event['count']:,} {event['kind']}: {event['action']}{first}")
+
+    def _on_progress(self, event: Event) -> None:
+        self._say(event["name"], f"{event['done']:,} of {event['total']:,}")
 
     def _on_segment(self, event: Event) -> None:
         self._say(

@@ -1,0 +1,237 @@
+"""Find boxes and masks that cannot be right, and leave them out in the index: the object, never its image."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from goodfit.data.columns import MASK_FILE, NO_MASK, POLYGONS, RLE, Blobs, Objects
+from goodfit.data.index import LEFT_OUT, DatasetIndex
+from goodfit.data.masks import mask_box, polygon_area, read_mask, rle_runs, scale_polygons, unpack_polygons
+from goodfit.data.read_objects import problem
+from goodfit.data.reading import Problem
+
+MIN_SIDE = 0.99  # pixels: smaller boxes hold no pixel; a share of 6 decimals of a 1-pixel box may come to 0.995
+MIN_INSIDE = 0.5  # share of a box's area within the image, from which it is clipped rather than dropped
+ROUNDING_PIXELS = 1.0  # boxes may reach so far outside, or
+ROUNDING_SHARE = 0.01  # this share of the image's side, and are clipped without a word
+
+_Box = tuple[float, float, float, float]
+
+
+@dataclass(slots=True)
+class _Masks:
+    """What became of the masks: new bytes, boxes and errors by object, and remarks on masks that are kept."""
+
+    data: list[bytes]
+    boxes: dict[int, _Box] = field(default_factory=dict)
+    errors: dict[int, str] = field(default_factory=dict)
+    remarks: dict[int, str] = field(default_factory=dict)
+
+
+def audit_objects(index: DatasetIndex) -> tuple[Objects, list[Problem]]:
+    """The objects in pixels, with those that cannot be right no longer kept, and a Problem for each.
+
+    Dropped are boxes with a value that is not finite, reversed or under one pixel, with less than half of their area in
+    the image, and repeated boxes of the same class (and mask). What else reaches outside is clipped, and said beyond
+    rounding (1 px or 1 %). For segmentation, objects with a mask that is missing, broken, empty, of another size than
+    the image or outside of it are dropped. Boxes of mask files are taken from the masks. For detection, masks go.
+    Objects of images without a size, or left out, are dropped without a Problem.
+
+    Args:
+        index: With `objects` and `sizes`; its `splits` say which images are left out.
+
+    Returns:
+        New objects (`relative` is False), and Problems of kind bad_box or bad_mask in the order of the objects; the item
+        is the image with the place in the annotation file.
+
+    Raises:
+        ValueError: the index has no objects or no sizes.
+    """
+    if index.objects is None or index.sizes is None:
+        raise ValueError("an index with objects and image sizes is needed")
+    objects = index.objects
+    rows = objects.rows
+    sizes = index.sizes[rows].astype(np.float64)
+    kept = objects.kept & (index.splits[rows] != LEFT_OUT) & (sizes > 0).all(axis=1)
+    boxes = objects.boxes.astype(np.float64)
+    if objects.relative:
+        boxes *= np.tile(sizes, 2)
+    found: dict[int, tuple[str, str]] = {}
+    changes: dict[str, object] = {}
+    if index.task == "segment" or (objects.mask_kinds != NO_MASK).any():
+        masks = _audit_masks(index, objects, kept, sizes)
+        for number, box in masks.boxes.items():
+            boxes[number] = box
+        found = {n: ("bad_mask", f"{text}; it is ignored.") for n, text in masks.remarks.items()}
+        found |= {n: ("bad_mask", f"{text}; the object is dropped.") for n, text in masks.errors.items()}
+        kept[list(masks.errors)] = False
+        if index.task == "segment":
+            changes["masks"] = Blobs(masks.data)
+        else:
+            changes |= {"masks": Blobs([b""] * len(objects)), "mask_kinds": np.zeros_like(objects.mask_kinds)}
+    boxes, bad = _audit_boxes(boxes, sizes, kept)
+    found |= {n: ("bad_box", text) for n, text in bad.items()}
+    repeats = _repeats(objects, rows, boxes, kept, with_masks=index.task == "segment")
+    kept[repeats] = False
+    found |= {n: ("bad_box", f"The box {_text(boxes[n])} stands here a second time; it is dropped.")
+              for n in repeats.tolist()}  # fmt: skip
+    with np.errstate(over="ignore"):
+        made = replace(objects, boxes=boxes.astype(np.float32), kept=kept, relative=False, **changes)  # type: ignore[arg-type]
+    problems = [problem(found[n][0], f"{index.paths[int(rows[n])]}: {objects.where(n)}", found[n][1])
+                for n in sorted(found)]  # fmt: skip
+    return made, problems
+
+
+def _text(box: Iterable[float]) -> str:
+    return " ".join(f"{value:.6g}" for value in box)
+
+
+def _audit_boxes(
+    boxes: npt.NDArray[np.float64], sizes: npt.NDArray[np.float64], kept: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[np.float64], dict[int, str]]:
+    """Clipped boxes, and what is wrong by object; `kept` is changed. Shapes: (objects, 4), (objects, 2), (objects,)."""
+    finite = np.asarray(np.isfinite(boxes).all(axis=1))
+    given = np.where(finite[:, None], boxes, 0.0)
+    limits = np.tile(sizes, 2)
+    clipped = np.clip(given, 0.0, limits)
+    width, height = given[:, 2] - given[:, 0], given[:, 3] - given[:, 1]
+    new_width, new_height = clipped[:, 2] - clipped[:, 0], clipped[:, 3] - clipped[:, 1]
+    inside = new_width * new_height >= MIN_INSIDE * width * height
+    over = (np.maximum(-given, given - limits) > np.maximum(ROUNDING_PIXELS, ROUNDING_SHARE * limits)).any(axis=1)
+    tests = (
+        (~finite, "has a value that is not finite"),
+        ((width < 0) | (height < 0), "is reversed: right is left of left, or bottom is above top"),
+        ((width < MIN_SIDE) | (height < MIN_SIDE), "is less than one pixel wide or high"),
+        (~inside, "has more than half of its area outside of the image"),
+        ((new_width < MIN_SIDE) | (new_height < MIN_SIDE), "has less than one pixel inside of the image"),
+    )
+    found: dict[int, str] = {}
+
+    def note(numbers: npt.NDArray[np.int64], text: str, action: str) -> None:
+        for n in numbers.tolist():
+            image = f"{sizes[n, 0]:.0f} x {sizes[n, 1]:.0f}"
+            found[n] = f"The box {_text(boxes[n])} (image {image}) {text}; it is {action}."
+
+    for test, text in tests:
+        numbers = np.flatnonzero(test & kept)
+        kept[numbers] = False
+        note(numbers, text, "dropped")
+    note(np.flatnonzero(over & kept), "reaches outside of the image", "clipped")
+    return np.where(kept[:, None], clipped, boxes), found
+
+
+def _repeats(
+    objects: Objects, rows: npt.NDArray[np.int64], boxes: npt.NDArray[np.float64], kept: npt.NDArray[np.bool_], *,
+    with_masks: bool,
+) -> npt.NDArray[np.int64]:  # fmt: skip
+    """The second and later of kept objects that are equal in image, class, box (and mask), ascending."""
+    numbers = np.flatnonzero(kept & ~objects.crowd)
+    keys = np.column_stack([rows[numbers], objects.classes[numbers], boxes[numbers]])
+    order = np.lexsort(keys.T[::-1])  # stable, so the first of equals stays first
+    equal = (keys[order[1:]] == keys[order[:-1]]).all(axis=1)
+    if not with_masks:
+        return np.sort(numbers[order[1:][equal]])
+    found = []
+    at = 0
+    while at < len(equal):
+        end = at
+        while end < len(equal) and equal[end]:
+            end += 1
+        if end > at:
+            seen: set[bytes] = set()
+            for n in numbers[order[at : end + 1]].tolist():
+                if objects.masks[n] in seen:
+                    found.append(n)
+                seen.add(objects.masks[n])
+        at = end + 1
+    return np.array(sorted(found), np.int64)
+
+
+def _audit_masks(
+    index: DatasetIndex, objects: Objects, kept: npt.NDArray[np.bool_], sizes: npt.NDArray[np.float64]
+) -> _Masks:
+    """Judge the mask of every kept object. sizes: width and height of each object's image, shape (objects, 2)."""
+    masks = _Masks(list(objects.masks))
+    kinds = objects.mask_kinds.tolist()
+    files = []
+    for number in np.flatnonzero(kept).tolist():
+        kind, data = kinds[number], masks.data[number]
+        size = (int(sizes[number, 0]), int(sizes[number, 1]))
+        if kind == MASK_FILE:
+            files.append((number, data, size))
+        elif kind == NO_MASK:
+            if not objects.crowd[number] and index.task == "segment":
+                masks.errors[number] = "The object has no mask"
+        elif index.task == "segment":
+            try:
+                if kind == POLYGONS:
+                    masks.data[number], remark = _polygons(data, size, objects.relative)
+                    if remark:
+                        masks.remarks[number] = remark
+                elif kind == RLE:
+                    _run_lengths(data, size)
+                else:
+                    masks.errors[number] = "The mask is of no known kind"
+            except ValueError as error:
+                masks.errors[number] = _sentence(error)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    with ThreadPoolExecutor(cores) as pool:
+        for number, result in pool.map(lambda f: (f[0], _file_box(index.root, f[1], f[2])), files):
+            if isinstance(result, str):
+                masks.errors[number] = result
+            else:
+                masks.boxes[number] = result
+    return masks
+
+
+def _sentence(error: Exception) -> str:
+    text = str(error).rstrip(".")
+    return text[:1].upper() + text[1:]
+
+
+def _polygons(data: bytes, size: tuple[int, int], relative: bool) -> tuple[bytes, str]:
+    """The polygons in pixels, and a remark on rings without use.
+
+    Raises:
+        ValueError: nothing of the mask can be used.
+    """
+    if relative:
+        data = scale_polygons(data, (float(size[0]), float(size[1])))
+    rings = unpack_polygons(data)
+    if not all(np.isfinite(ring).all() for ring in rings):
+        raise ValueError("a polygon has a corner that is not finite")
+    large = [ring for ring in rings if len(ring) >= 3 and polygon_area(ring) > 0]
+    if not large:
+        few = all(len(ring) < 3 for ring in rings)
+        raise ValueError("the polygon has fewer than three corners" if few else "the polygon has no area")
+    if all((ring.max(axis=0) <= 0).any() or (ring.min(axis=0) >= size).any() for ring in large):
+        raise ValueError("the polygon lies outside of the image")
+    num = len(rings) - len(large)
+    return data, f"{num} of {len(rings)} polygons of the mask has no area" if num else ""
+
+
+def _run_lengths(data: bytes, size: tuple[int, int]) -> None:
+    height, width, runs = rle_runs(data)
+    if (width, height) != size:
+        raise ValueError(f"the mask is of {width} x {height} pixels, the image of {size[0]} x {size[1]}")
+    if int(runs[1::2].sum()) == 0:
+        raise ValueError("the mask is empty")
+
+
+def _file_box(root: Path, data: bytes, size: tuple[int, int]) -> _Box | str:
+    """The box around a mask file's pixels, or what is wrong with it."""
+    name = data.decode("utf-8", "surrogateescape")
+    try:
+        mask = read_mask(root / name)
+    except ValueError as error:
+        return f"Mask file {name}: {str(error).rstrip('.')}"
+    if mask.shape != size[::-1]:
+        return f"Mask file {name} is of {mask.shape[1]} x {mask.shape[0]} pixels, the image of {size[0]} x {size[1]}"
+    return mask_box(mask) or f"Mask file {name} is empty"

@@ -1,0 +1,309 @@
+"""What the readers of boxes and masks share: building columns of objects, finding files, decoding texts."""
+
+from __future__ import annotations
+
+import codecs
+import math
+import os
+import unicodedata
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from goodfit.core.errors import DataError
+from goodfit.data.columns import NO_MASK, Blobs, Objects, Strings
+from goodfit.data.index import NO_GROUP, SPLITS, DatasetIndex
+from goodfit.data.reading import How, Problem, Reading, is_image, split_number
+
+MAX_LABEL_BYTES = 10_000_000  # of one image's annotation file; the largest honest ones have some hundred kilobytes
+_MAX_SHOWN = 60  # characters of a user's text within a message
+_MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+
+
+def clean(text: str) -> str:
+    """Text that any stream can print and any hash encode: lone surrogates written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def shown(value: object) -> str:
+    """A value from a user's file for a message: printable, and cut to 60 characters."""
+    try:
+        text = ascii(value) if not isinstance(value, str) else repr(value[: 2 * _MAX_SHOWN])
+    except (ValueError, RecursionError):  # a whole number of over 4,300 digits, or lists in lists
+        text = f"a {type(value).__name__}"
+    return clean(text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "...")
+
+
+def problem(kind: str, item: str, message: str = "", *, lost: bool = False) -> Problem:
+    """A Problem whose texts can be printed."""
+    return Problem(kind, clean(item), clean(message), lost)
+
+
+def read_bytes(path: Path, limit: int = MAX_LABEL_BYTES) -> bytes:
+    """The bytes of an annotation file.
+
+    Raises:
+        ValueError: it cannot be read or is larger than `limit` bytes; the message says which.
+    """
+    try:
+        with open(path, "rb") as handle:
+            data = handle.read(limit + 1)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The file cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+    if len(data) > limit:
+        raise ValueError(f"The file is larger than {limit // 1_000_000} MB.")
+    return data
+
+
+def decode_text(data: bytes, encoding: str | None = None) -> str:
+    """Text by its byte order mark, else in the encoding asked for, else as UTF-8, else as Latin-1.
+
+    Raises:
+        ValueError: the bytes are not in the encoding asked for, or not what their mark says, or hold a NUL.
+    """
+    marked = next((name for mark, name in _MARKS if data.startswith(mark)), None)
+    try:
+        text = data.decode(marked or encoding or "utf-8")
+    except UnicodeDecodeError as error:
+        if marked or encoding:
+            raise ValueError(f"The file is not in {marked or encoding}: {error.reason}.") from error
+        text = data.decode("latin-1")
+    except LookupError as error:
+        raise ValueError(f"There is no encoding {shown(encoding)}.") from error
+    if "\0" in text:
+        raise ValueError("The file is not text: it holds zero bytes.")
+    return text
+
+
+def read_text(path: Path, encoding: str | None = None, limit: int = MAX_LABEL_BYTES) -> str:
+    """read_bytes, then decode_text.
+
+    Raises:
+        ValueError: as those.
+    """
+    return decode_text(read_bytes(path, limit), encoding)
+
+
+def number(value: object) -> float:
+    """A coordinate as a float; NaN for what is no number or does not fit 32 bits."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    try:
+        made = float(value)
+    except OverflowError:
+        return math.nan
+    return made if abs(made) < 3e38 else math.nan
+
+
+def real_path(path: Path) -> Path:
+    """A path with links that an unpacker wrote out as one-line text files followed (some zip tools and git do so)."""
+    if os.path.exists(path):  # unlike Path.exists, False for a name that is too long
+        return path
+    for part in reversed(path.parents):
+        try:
+            if not os.path.isfile(part) or part.stat().st_size > 1024:
+                continue
+            target = part.parent / part.read_text("utf-8").strip()
+            if os.path.isdir(target):
+                return target / path.relative_to(part)
+        except (OSError, ValueError):
+            return path
+    return path
+
+
+def followed(path: Path) -> Path:
+    """real_path, also where the path itself is such a written-out link."""
+    return real_path(path / "x").parent if os.path.isfile(path) and not path.suffix else real_path(path)
+
+
+class Listings:
+    """Which files are in which folder: each folder is listed once, so a million look-ups cost no file access each."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, dict[str, str]] = {}
+        self._folded: dict[str, dict[str, str]] = {}
+
+    def names(self, folder: str) -> dict[str, str]:
+        """Regular files directly in a folder, by name; empty where there is no such folder."""
+        known = self._names.get(folder)
+        if known is None:
+            try:
+                with os.scandir(folder) as entries:
+                    known = {e.name: e.name for e in entries if e.is_file()}
+            except (OSError, ValueError):  # ValueError: a NUL or what cannot be encoded in the name
+                known = {}
+            self._names[folder] = known
+        return known
+
+    def find(self, folder: str, name: str) -> str | None:
+        """The path of a file by a name that may hold folders, or None.
+
+        Case and Unicode composition are forgiven where that leaves one file, as for data made on another system.
+        """
+        head, _, tail = name.rpartition("/")
+        if head:
+            folder = os.path.normpath(f"{folder}/{head}")
+        names = self.names(folder)
+        if not names:
+            return None
+        found = names.get(tail) or self._fold(folder).get(_folded(tail))
+        return f"{folder}/{found}" if found else None
+
+    def _fold(self, folder: str) -> dict[str, str]:
+        known = self._folded.get(folder)
+        if known is None:
+            known = {}
+            for name in self.names(folder):
+                key = _folded(name)
+                known[key] = "" if key in known else name
+            self._folded[folder] = known
+        return known
+
+    def images(self, folder: str) -> list[str]:
+        """Visible files in a folder that are named as images, sorted."""
+        return sorted(n for n in self.names(folder) if not n.startswith(".") and is_image(Path(n)))
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+class ObjectsBuilder:
+    """Collects objects in any order of their samples; tens of bytes each."""
+
+    def __init__(self) -> None:
+        self.rows, self.numbers = array("q"), array("q")
+        self.boxes = array("d")
+        self.classes = array("q")
+        self.crowd, self.kept, self.kinds = array("B"), array("B"), array("B")
+        self.masks: list[bytes] = []
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def add(
+        self, row: int, box: Sequence[float], kind: int, where: int, *, crowd: bool = False, kept: bool = True,
+        mask_kind: int = NO_MASK, mask: bytes = b"",
+    ) -> None:  # fmt: skip
+        """One object: its sample, box (left, top, right, bottom), class, and number in the annotation file."""
+        self.rows.append(row)
+        self.boxes.extend(box)
+        self.classes.append(kind)
+        self.numbers.append(where)
+        self.crowd.append(crowd)
+        self.kept.append(kept)
+        self.kinds.append(mask_kind)
+        self.masks.append(mask)
+
+    def build(
+        self, files: Iterable[str], *, class_map: npt.NDArray[np.int64] | None, relative: bool, with_masks: bool
+    ) -> Objects:
+        """The columns, ordered by sample and else as added.
+
+        Args:
+            files: Annotation file of each sample.
+            class_map: New number of each class number used so far; None keeps them.
+            relative: As Objects.relative.
+            with_masks: False drops the masks, for detection.
+        """
+        files = Strings(files)
+        rows = np.array(self.rows, np.int64)
+        order = np.argsort(rows, kind="stable")
+        classes = np.array(self.classes, np.int64)[order]
+        if class_map is not None and len(classes):
+            classes = class_map[classes]
+        kinds = np.array(self.kinds, np.uint8)[order]
+        with np.errstate(over="ignore"):
+            boxes = np.array(self.boxes, np.float64).reshape(-1, 4)[order].astype(np.float32)
+        return Objects(
+            starts=np.concatenate(([0], np.cumsum(np.bincount(rows, minlength=len(files))))).astype(np.int64),
+            boxes=boxes,
+            classes=classes.astype(np.int32),
+            crowd=np.array(self.crowd, np.uint8)[order].astype(bool),
+            kept=np.array(self.kept, np.uint8)[order].astype(bool) if with_masks else np.ones(len(rows), bool),
+            masks=Blobs([self.masks[i] for i in order.tolist()] if with_masks else [b""] * len(rows)),
+            mask_kinds=kinds if with_masks else np.zeros_like(kinds),
+            files=files,
+            numbers=np.array(self.numbers, np.int64)[order],
+            relative=relative,
+        )
+
+
+@dataclass(slots=True)
+class Samples:
+    """The samples found so far: path, split and annotation file of each, and their objects."""
+
+    root: Path
+    paths: list[str] = field(default_factory=list)
+    splits: list[int] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    objects: ObjectsBuilder = field(default_factory=ObjectsBuilder)
+
+    def add(self, path: str, split: int, file: str) -> int:
+        """One more sample; returns its row."""
+        self.paths.append(path)
+        self.splits.append(split)
+        self.files.append(file)
+        return len(self.paths) - 1
+
+    def name(self, path: str | Path) -> str:
+        """A path relative to the root, with forward slashes."""
+        return os.path.relpath(path, self.root).replace(os.sep, "/")
+
+    def reading(
+        self, *, format: str, note: str, problems: list[Problem], class_names: Sequence[str], how: How,
+        with_masks: bool, relative: bool = False, class_map: npt.NDArray[np.int64] | None = None,
+    ) -> Reading:  # fmt: skip
+        """The finished reading, rows as added; with how.resplit the splits are forgotten."""
+        splits = np.array(self.splits, np.int8)
+        if how.resplit:
+            splits[:] = -1
+        index = DatasetIndex(
+            root=self.root,
+            task="segment" if with_masks else "detect",
+            paths=Strings(self.paths),
+            targets=np.full(len(splits), -1, np.int64),
+            class_names=tuple(clean(n) for n in class_names),
+            splits=splits,
+            groups=np.full(len(splits), NO_GROUP, np.int64),
+            objects=self.objects.build(self.files, class_map=class_map, relative=relative, with_masks=with_masks),
+        )
+        given = tuple(s for i, s in enumerate(SPLITS) if (splits == i).any())
+        return Reading(index=index, format=format, note=clean(note), given_splits=given, problems=tuple(problems))
+
+
+def wants_masks(how: How, masks: int, objects: int, where: str) -> bool:
+    """Whether the task is segmentation: as asked, else where most objects have a mask.
+
+    Raises:
+        DataError: the task asked for is none of boxes or masks, or there is no mask at all.
+    """
+    if how.task not in (None, "detect", "segment"):
+        raise DataError(f"The annotations are of boxes or masks, which the task {how.task} does not use.", where=where,
+                        next="try: task=detect or task=segment")  # fmt: skip
+    if how.task == "segment" and objects and not masks:
+        raise DataError("There are boxes, but no masks.", where=where, next="try: task=detect")
+    return how.task == "segment" or (how.task is None and 2 * masks > objects)
+
+
+def split_words(text: str) -> Iterator[int]:
+    """The split numbers of the words in a name: 0 for `instances_train2017`."""
+    word = ""
+    for letter in f"{text.lower()} ":
+        if letter.isalpha():
+            word += letter
+        elif word:
+            found = split_number(word)
+            if found is not None:
+                yield found
+            word = ""
+
+
+def split_of(name: str) -> int | None:
+    """The split that a file's or folder's name holds as a word; None where there is none, or more than one."""
+    found = set(split_words(name))
+    return found.pop() if len(found) == 1 else None

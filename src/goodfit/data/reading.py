@@ -1,0 +1,149 @@
+"""What every reader of a dataset format takes and returns."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from goodfit.data.index import DatasetIndex
+
+IMAGE_SUFFIXES = frozenset(
+    [
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".png",
+        ".bmp",
+        ".gif",
+        ".tif",
+        ".tiff",
+        ".webp",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".pnm",
+        ".avif",
+        ".jp2",
+        ".tga",
+        ".ico",
+    ]
+)
+SPLIT_SPELLINGS = {
+    "train": ("train", "training", "trn"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing", "tst"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that a reader noticed: one item of a finding.
+
+    Attributes:
+        kind: A kind of finding: missing_label, missing_image, wrong_type, unreadable, bad_box, bad_mask.
+        item: The file, or file:line, that a person can open.
+        message: What is wrong there, in one sentence; may be empty where the kind says all.
+        lost: Whether a sample was lost by it, which counts towards the limit of `max_bad`.
+    """
+
+    kind: str
+    item: str
+    message: str = ""
+    lost: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """A dataset as read, without opening an image, and what was noticed on the way.
+
+    Attributes:
+        index: The samples.
+        format: The layout's name, as `format=` takes it.
+        note: How the layout was recognised, in one line.
+        given_splits: Which of train, val, test the data itself names.
+        problems: What a person should know; nothing here stops a run by itself.
+        layouts: Of each text file, as JSON can hold it, for TextRecords to read its texts again; {} for images.
+    """
+
+    index: DatasetIndex
+    format: str
+    note: str
+    given_splits: tuple[str, ...]
+    problems: tuple[Problem, ...] = ()
+    layouts: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class How:
+    """What a person said about how to read; None where it is to be recognised.
+
+    Attributes:
+        format: Name of the layout.
+        task: "classify", "detect", "segment", "text" or "language".
+        image_column, text_column, label_column, split_column, group: Columns of a table, by name or 1-based number.
+        header: Whether a table's first line holds column names.
+        images: Folder that image names start from.
+        annotations: Which annotation files, by name or pattern, where a folder holds several sets.
+        encoding: Of text files.
+        resplit: Ignore the splits that the data names.
+    """
+
+    format: str | None = None
+    task: str | None = None
+    image_column: str | None = None
+    text_column: str | None = None
+    label_column: str | None = None
+    split_column: str | None = None
+    group: str | None = None
+    header: bool | None = None
+    images: str | None = None
+    annotations: str | None = None
+    encoding: str | None = None
+    resplit: bool = False
+
+
+def split_number(word: str) -> int | None:
+    """0 train, 1 val, 2 test for any usual spelling, in any case; None for another word."""
+    word = word.strip().lower()
+    return next((i for i, names in enumerate(SPLIT_SPELLINGS.values()) if word in names), None)
+
+
+def relative(path: Path, root: Path) -> str:
+    """A path as the index holds it: relative to root, with forward slashes."""
+    return Path(os.path.relpath(path, root)).as_posix()
+
+
+def folders(root: Path) -> list[Path]:
+    """Visible folders directly below, sorted."""
+    return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith((".", "__MACOSX")))
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Regular files below a folder, sorted; hidden ones are skipped, and a loop of links is walked once."""
+    found = []
+    seen = set()
+    for base, names, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(base)
+        if real in seen:
+            names.clear()
+            continue
+        seen.add(real)
+        names[:] = sorted(n for n in names if not n.startswith((".", "__MACOSX")))
+        found += [Path(base) / f for f in files if not f.startswith(".") and is_regular(Path(base) / f)]
+    return sorted(found)
+
+
+def is_regular(path: Path) -> bool:
+    """True for a plain file: opening a FIFO would wait for ever."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return False
+
+
+def is_image(path: Path) -> bool:
+    """True for a file that is named as an image."""
+    return path.suffix.lower() in IMAGE_SUFFIXES

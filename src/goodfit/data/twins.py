@@ -1,0 +1,189 @@
+"""The same sample more than once: kept together, out of training where it leaks, left out where its labels differ."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import combinations, islice
+
+import numpy as np
+import numpy.typing as npt
+
+from goodfit.data.duplicates import near_duplicates
+from goodfit.data.findings import MAX_ITEMS, Finding
+from goodfit.data.index import LEFT_OUT, NO_GROUP, SPLITS, DatasetIndex
+from goodfit.data.scan import Scan
+
+Ints = npt.NDArray[np.int64]
+MIN_SIDE = (
+    32  # pixels: smaller pictures have too little detail to tell a twin from its like (8-pixel digits: 148 pairs)
+)
+
+
+def audit_twins(index: DatasetIndex, scan: Scan | None) -> tuple[DatasetIndex, list[Finding], int]:
+    """Find equal and nearly equal samples, and mend the index: conflicting labels and leaks are left out, the rest is
+    grouped, so that no split separates it.
+
+    Args:
+        index: With contents; its splits are changed in place.
+        scan: Of the images; None for texts, which are compared by their normalised content.
+
+    Returns:
+        The index with groups, the findings, and how many rows were left out as copies of a sample in another split.
+    """
+    keys = index.contents if scan is None else scan.pixels
+    exact = equal_rows(keys, index.splits != LEFT_OUT)
+    before = np.maximum(index.splits, 0)  # what has no split among given ones goes to train
+    findings = _conflicts(index, exact)
+    near: list[tuple[int, int, float]] = []
+    if scan is not None:
+        kept = np.flatnonzero((index.splits != LEFT_OUT) & (scan.sizes.min(axis=1) >= MIN_SIDE))
+        near = [(int(kept[a]), int(kept[b]), score)
+                for a, b, score in near_duplicates(_chosen(scan, kept), known=exact[kept])]  # fmt: skip
+    links = np.array([(a, b) for a, b, _ in near], np.int64).reshape(-1, 2)
+    together = components(len(index), exact, links)
+    findings += _pairs(index, exact, near)
+    findings += _leaks(index, before, exact, near)
+    num_left = _leave_copies(index, before, together)
+    together = np.where(
+        index.splits != LEFT_OUT, together, NO_GROUP
+    )  # what left joins nothing: its twin may lie elsewhere
+    return replace(index, groups=components(len(index), index.groups, _chain(together))), findings, num_left
+
+
+def _chosen(scan: Scan, rows: Ints) -> npt.NDArray[np.uint8]:
+    return scan.thumbnails if len(rows) == len(scan.thumbnails) else scan.thumbnails[rows]
+
+
+def equal_rows(keys: npt.NDArray[np.uint8], usable: npt.NDArray[np.bool_]) -> Ints:
+    """Group number of rows with equal keys, NO_GROUP where a row stands alone. Shape: (rows,).
+
+    Args:
+        keys: uint8, shape (rows, 16).
+        usable: Rows that count; the others stand alone.
+    """
+    groups = np.full(len(keys), NO_GROUP, np.int64)
+    rows = np.flatnonzero(usable)
+    if len(rows):
+        whole = np.ascontiguousarray(keys[rows]).view("V16")[:, 0]
+        _, number, count = np.unique(whole, return_inverse=True, return_counts=True)
+        several = count[number] > 1
+        groups[rows[several]] = number[several]
+    return groups
+
+
+def components(num: int, groups: Ints, links: Ints) -> Ints:
+    """Connected components of groups and of links between rows; NO_GROUP where a row stands alone. Shape: (rows,).
+
+    By repeated halving of label chains over arrays, so that a million rows take a second.
+
+    Args:
+        groups: Group number of each row, or NO_GROUP, shape (rows,).
+        links: Pairs of rows, shape (links, 2).
+    """
+    label = np.arange(num)
+    member = np.flatnonzero(groups != NO_GROUP)
+    _, first, number = np.unique(groups[member], return_index=True, return_inverse=True)
+    edges = np.concatenate([np.stack([member, member[first][number]], axis=1), links])
+    while True:
+        low = np.minimum(label[edges[:, 0]], label[edges[:, 1]])
+        before = label.copy()
+        np.minimum.at(label, edges[:, 0], low)
+        np.minimum.at(label, edges[:, 1], low)
+        label = label[label]
+        if np.array_equal(label, before):
+            break
+    sizes = np.bincount(label, minlength=num)
+    return np.where(sizes[label] > 1, label, NO_GROUP)
+
+
+def _chain(groups: Ints) -> Ints:
+    """Links that hold the rows of each group together. Shape: (links, 2)."""
+    member = np.flatnonzero(groups != NO_GROUP)
+    _, first, number = np.unique(groups[member], return_index=True, return_inverse=True)
+    return np.stack([member, member[first][number]], axis=1)
+
+
+def _members(groups: Ints) -> list[Ints]:
+    """The rows of each group, ascending."""
+    member = np.flatnonzero(groups != NO_GROUP)
+    order = member[np.argsort(groups[member], kind="stable")]
+    if not len(order):
+        return []
+    return np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
+
+
+def _conflicts(index: DatasetIndex, exact: Ints) -> list[Finding]:
+    if index.objects is not None or not index.class_names:
+        return []
+    bad = [rows for rows in _members(exact) if len(np.unique(index.targets[rows])) > 1]
+    if not bad:
+        return []
+    items = []
+    for rows in bad:
+        index.splits[rows] = LEFT_OUT
+        labels = ", ".join(sorted({index.class_names[t] for t in index.targets[rows]}))
+        items.append(" = ".join(index.name(int(r)) for r in rows) + f": {labels}")
+    return [Finding("label_conflict", "warning", sum(len(rows) for rows in bad), tuple(items),
+                    "one content, two labels: all copies left out", "keep the copy with the right label, or labels=fixes.csv")]  # fmt: skip
+
+
+def _pairs(index: DatasetIndex, exact: Ints, near: list[tuple[int, int, float]]) -> list[Finding]:
+    """Twins within one split, or where no split is given."""
+    items: list[str] = []
+    count = 0
+    for rows in _members(exact):
+        rows = rows[index.splits[rows] != LEFT_OUT]  # conflicts are another finding
+        sizes = np.bincount(index.splits[rows] - LEFT_OUT)
+        count += int((sizes * (sizes - 1) // 2).sum())
+        for a, b in islice(combinations(rows.tolist(), 2), max(0, MAX_ITEMS - len(items))):
+            if index.splits[a] == index.splits[b]:
+                items.append(f"{index.name(a)} = {index.name(b)}")
+    found = []
+    if count:
+        found.append(
+            Finding("duplicate_exact", "info", count, tuple(items), "the same content: kept together in one split")
+        )
+    same = [(a, b) for a, b, _ in near if index.splits[a] == index.splits[b]]
+    if same:
+        lines = tuple(f"{index.paths[a]} = {index.paths[b]}{_labels(index, a, b)}" for a, b in same)
+        differ = sum(": " in line for line in lines)
+        also = f"; {differ} of the pairs carry two labels" if differ else ""
+        found.append(Finding("duplicate_near", "warning" if differ else "info", len(same), lines,
+                             f"nearly the same picture: kept together in one split{also}"))  # fmt: skip
+    return found
+
+
+def _labels(index: DatasetIndex, a: int, b: int) -> str:
+    first, second = int(index.targets[a]), int(index.targets[b])
+    return "" if first == second else f": {index.class_names[first]}, {index.class_names[second]}"
+
+
+def _leaks(
+    index: DatasetIndex, places: npt.NDArray[np.int8], exact: Ints, near: list[tuple[int, int, float]]
+) -> list[Finding]:
+    """Twins in two of the given splits, also those whose labels differ."""
+    items: list[str] = []
+    count = 0
+    for rows in _members(exact):
+        sizes = np.bincount(places[rows])
+        count += (len(rows) * (len(rows) - 1) - int((sizes * (sizes - 1)).sum())) // 2
+        for a, b in islice(combinations(rows.tolist(), 2), max(0, MAX_ITEMS - len(items))):
+            if places[a] != places[b]:
+                items.append(f"{index.name(a)} = {index.name(b)}")
+    across = [(a, b) for a, b, _ in near if places[a] != places[b]]
+    items += [f"{index.paths[a]} = {index.paths[b]}" for a, b in across]
+    if not count + len(across):
+        return []
+    kinds = " and ".join(w for w, n in ((f"{count} equal", count), (f"{len(across)} nearly equal", len(across))) if n)
+    return [Finding("leak", "warning", count + len(across), tuple(items),
+                    f"{kinds} pairs in two splits: the copy nearer to {SPLITS[0]} was left out", "mend the splits")]  # fmt: skip
+
+
+def _leave_copies(index: DatasetIndex, places: npt.NDArray[np.int8], together: Ints) -> int:
+    """Of twins in several given splits, those in the most sealed one stay. Returns how many rows left."""
+    left = 0
+    for rows in _members(together):
+        going = rows[(places[rows] < places[rows].max()) & (index.splits[rows] != LEFT_OUT)]
+        index.splits[going] = LEFT_OUT
+        left += len(going)
+    return left
