@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from goodfit.core.errors import DataError, StorageError
 from goodfit.data.audit import audit_dataset
-from goodfit.data.augment import PRESETS, cut, place
+from goodfit.data.augment import PRESETS, crop, fit_into, mirror_into, place
 from goodfit.data.index import SPLITS, data_hash, read_split, write_split
 from goodfit.data.loader import TrainLoader, TrainSamples, epoch_order, row_of
 from goodfit.data.policy import apply_operations, draw_operations, move_points
@@ -268,9 +268,12 @@ def test_augmentation_is_a_function_of_its_key():
     assert 0.4 < many.mirrored.mean() < 0.6 and (many.boxes == [10, 0, 50, 40]).all()
 
 
-def as_batch(picture, box, size):
+def as_batch(picture, box, size, mirrored=False):
     made = np.zeros((1, size, size, 3), np.uint8)
-    cut(picture, np.array(box), torch.from_numpy(made).permute(0, 3, 1, 2))
+    out = torch.from_numpy(made).permute(0, 3, 1, 2)
+    fit_into(crop(picture, [int(edge) for edge in box]), out)
+    if mirrored:
+        mirror_into(out.clone(), out)
     return made[0]
 
 
@@ -287,6 +290,8 @@ def test_cut_resizes_as_pillow_does():
         int
     )
     assert np.abs(made - expected).max() <= 1
+    for box in ([10, 20, 80, 74], [10, 20, 42, 52]):  # with and without a change of scale
+        assert np.array_equal(as_batch(picture, box, 32, True), as_batch(picture, box, 32)[:, ::-1])
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -300,8 +305,7 @@ def test_boxes_move_with_the_pixels(seed):
     assert 0 < placed.mirrored.sum() < 8
     operations = draw_operations("rand", seed=seed, epoch=0, samples=np.arange(8))
     for k in range(8):
-        pixels = as_batch(picture, placed.boxes[k], size)
-        pixels = pixels[:, ::-1].copy() if placed.mirrored[k] else pixels
+        pixels = as_batch(picture, placed.boxes[k], size, bool(placed.mirrored[k]))
         left, top, right, bottom = placed.objects(k, box)[0]
         assert left < right and top < bottom
         corners = np.array([[left, top], [right, top], [right, bottom], [left, bottom]])

@@ -6,6 +6,7 @@ Where pixels go is described by `Placement`, so that boxes, points and masks can
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -131,31 +132,50 @@ def _crop_boxes(
     return np.stack([left, top, left + w, top + h], axis=1)
 
 
-def cut(picture: npt.NDArray[np.uint8], box: npt.NDArray[np.int64], out: torch.Tensor) -> None:
-    """Scale a box of a picture to the input with an antialiased bilinear filter; beyond the border its edge is repeated.
+_resize = torch.ops.aten._upsample_bilinear2d_aa.out  # what interpolate(antialias=True) calls, into memory of ours
+_flip = torch.ops.aten.flip.out
 
-    Torch's kernel for uint8 images in channels-last order takes 100 µs for 230 × 210 to 160 × 160 pixels, and writes
-    straight into the batch; Pillow takes 450 µs, and grid_sample more.
+
+def crop(picture: npt.NDArray[np.uint8], box: Sequence[int]) -> torch.Tensor:
+    """A box of a picture, as a view; beyond the border the picture's edge is repeated, in a copy.
 
     Args:
         picture: uint8, shape (height, width, 3).
         box: Left, top, right, bottom in pixels.
-        out: Where it goes: uint8, shape (1, 3, size, size), in channels-last order.
+
+    Returns:
+        uint8, shape (1, 3, box height, box width), in channels-last order.
     """
     height, width = picture.shape[:2]
-    left, top, right, bottom = box.tolist()
+    left, top, right, bottom = box
     if left < 0 or top < 0 or right > width or bottom > height:
         rows = np.clip(np.arange(top, bottom), 0, height - 1)
         columns = np.clip(np.arange(left, right), 0, width - 1)
         part = picture[rows[:, None], columns]
     else:
         part = picture[top:bottom, left:right]
-    source = torch.from_numpy(part).permute(2, 0, 1).unsqueeze(0)
-    if source.shape == out.shape:
-        out.copy_(source)
+    return torch.from_numpy(part).permute(2, 0, 1).unsqueeze(0)
+
+
+def fit_into(part: torch.Tensor, out: torch.Tensor) -> None:
+    """Scale a crop to the input with an antialiased bilinear filter.
+
+    Torch's kernel for uint8 images in channels-last order takes 80 µs for 200 × 200 to 160 × 160 pixels, and writes
+    straight into the batch; Pillow takes 450 µs, and grid_sample more.
+
+    Args:
+        part: uint8, shape (1, 3, height, width), in channels-last order.
+        out: Where it goes: uint8, shape (1, 3, size, size), in channels-last order.
+    """
+    if part.shape == out.shape:
+        out.copy_(part)
     else:
-        size = out.shape[-1]
-        torch.ops.aten._upsample_bilinear2d_aa.out(source, [size, size], False, None, None, out=out)
+        _resize(part, out.shape[2:], False, None, None, out=out)
+
+
+def mirror_into(picture: torch.Tensor, out: torch.Tensor) -> None:
+    """Exchange left and right: 13 µs for 160 × 160 pixels, where numpy takes 120. Shapes as in fit_into."""
+    _flip(picture, [3], out=out)
 
 
 def colour_factors(

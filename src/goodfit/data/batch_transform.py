@@ -27,8 +27,6 @@ class ImageBatchTransform:
     al. 2018) or cutmix (Yun et al. 2019) turns `target` into class shares (float32, shape (N, classes)). Both mix
     within a micro-batch, so accumulation changes which samples meet.
 
-    Colour and normalisation are one product of 3 × 3 matrices with the pixels (1.6 ms for 32 images of 128 × 128 on two
-    cores; one operation after another took 15).
     """
 
     preprocessing: Preprocessing
@@ -49,38 +47,45 @@ class ImageBatchTransform:
         if closing:
             return self.evaluate(batch)
         images = batch["image"]
-        factors = None
         if self.colour > 0:
             factors = colour_factors(self.colour, seed=self.seed, epoch=epoch, samples=samples)
-        made = {**batch, "image": self._normalise(images, factors)}
+            images = _recolour(images, torch.from_numpy(factors).to(images.device))
+        made = {**batch, "image": self.normalise(images)}
         if self.erase > 0:
             self._erase(made["image"], epoch, samples)
         if self.mixup > 0 or self.cutmix > 0:
             self._mix(made, (self.seed, step, rank, micro))
-        made["image"] = self._layout(made["image"])
+            made["image"] = made["image"].contiguous(memory_format=self._format)
         return made
 
     def evaluate(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Normalise a batch that is already on the device."""
         return {**batch, "image": self.normalise(batch["image"])}
 
+    @property
+    def _format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """(x / 255 - mean) / std per channel; float32, shape unchanged."""
-        return self._layout(self._normalise(images, None))
+        """(x / 255 - mean) / std per channel of uint8 or float images; float32, shape unchanged.
 
-    def _layout(self, images: torch.Tensor) -> torch.Tensor:
-        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images.contiguous()
-
-    def _normalise(self, images: torch.Tensor, factors: npt.NDArray[np.float32] | None) -> torch.Tensor:
-        """Recolour and normalise. Takes uint8 or float of values 0 to 255; gives float32, shape unchanged."""
-        mean = torch.tensor(self.preprocessing.mean, device=images.device).view(1, 3, 1) * 255
-        std = torch.tensor(self.preprocessing.std, device=images.device).view(1, 3, 1) * 255
-        flat = images.contiguous().to(torch.float32).flatten(2)
-        if factors is None:
-            return flat.sub_(mean).div_(std).view(images.shape)
-        matrix, offset = _colour_matrix(flat, torch.from_numpy(factors).to(images.device))
-        flat = torch.baddbmm((offset - mean) / std, matrix / std, flat)
-        return flat.clamp_(-mean / std, (255 - mean) / std).view(images.shape)
+        Pixel rows are one vector each, so that channels-last images, too, are scaled along long rows: 0.2 ms for 32 of
+        160 × 160 on two cores, against 1.4 channel by channel.
+        """
+        size = images.shape[-1]
+        images = images.contiguous(memory_format=self._format).to(torch.float32)
+        mean = torch.tensor(self.preprocessing.mean, device=images.device) * 255
+        scale = 1 / (torch.tensor(self.preprocessing.std, device=images.device) * 255)
+        if self.channels_last:
+            rows = images.permute(0, 2, 3, 1).reshape(-1, size * 3)
+            scale, shift = scale.repeat(size), (-mean * scale).repeat(size)
+        else:
+            rows = images.flatten(2)
+            scale, shift = scale.view(3, 1), (-mean * scale).view(3, 1)
+        rows = torch.addcmul(shift, rows, scale)
+        if self.channels_last:
+            return rows.view(len(images), -1, size, 3).permute(0, 3, 1, 2)
+        return rows.view(images.shape)
 
     def _erase(self, images: torch.Tensor, epoch: int, samples: npt.NDArray[np.int64]) -> None:
         """Set a rectangle of some normalised images to zero, the mean colour (random erasing, Zhong et al. 2020)."""
@@ -116,19 +121,21 @@ class ImageBatchTransform:
         batch["target"] = share * one_hot + (1 - share) * one_hot[partner]
 
 
-def _colour_matrix(flat: torch.Tensor, factors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Brightness, contrast (around the picture's mean) and saturation (around its grey) as x → matrix · x + offset.
+def _recolour(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Brightness, contrast (around the picture's mean) and saturation (around its grey), as one product with the pixels.
 
     Args:
-        flat: float32, shape (N, 3, pixels), values 0 to 255.
+        images: uint8, shape (N, 3, H, W).
         factors: Brightness, contrast, saturation, shape (N, 3).
 
     Returns:
-        Matrices, shape (N, 3, 3), and offsets, shape (N, 3, 1).
+        float32, shape (N, 3, H, W), values 0 to 255.
     """
+    flat = images.contiguous().to(torch.float32).flatten(2)
     brightness, contrast, saturation = (f.view(-1, 1, 1) for f in factors.unbind(1))
     luma = torch.tensor(_LUMA, device=flat.device)
     grey = luma.expand(3, 3)  # each channel becomes the grey value
     matrix = contrast * brightness * (saturation * torch.eye(3, device=flat.device) + (1 - saturation) * grey)
     centre = brightness * (flat.mean(dim=2) @ luma).view(-1, 1, 1)
-    return matrix, ((1 - contrast) * centre).expand(-1, 3, 1)
+    offset = ((1 - contrast) * centre).expand(-1, 3, 1)
+    return torch.baddbmm(offset, matrix, flat).clamp_(0, 255).view(images.shape)
