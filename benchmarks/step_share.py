@@ -59,7 +59,7 @@ def main() -> None:
                 loss = torch.nn.functional.cross_entropy(model(batch["image"]).float(), batch["target"])
             loss.backward()
             optimizer.step()
-            float(loss)
+            float(loss.detach())
 
         groups = parts.train.groups(0, 0, 1)
         epoch = wait = 0.0

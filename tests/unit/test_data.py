@@ -205,6 +205,7 @@ def test_split_csv_round_trip_and_the_seal(make_images, tmp_path):
     again = read_split(tmp_path / "split.csv", index.root)
     assert again.paths == index.paths and np.array_equal(again.splits, index.splits)
     assert np.array_equal(again.targets, index.targets) and data_hash(again) == data_hash(index)
+    assert np.array_equal(again.sizes, index.sizes) and np.array_equal(again.groups, index.groups)
     sealed = SealedTest.seal(index)
     assert np.array_equal(sealed.open(again), index.rows("test"))
     moved = index.splits.copy()

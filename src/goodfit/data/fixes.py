@@ -17,6 +17,8 @@ from goodfit.data.reading import is_regular
 ACTIONS = ("relabel", "leave_out", "keep")
 MAX_BYTES = 256 * 2**20  # a line for each of a million files takes 100 MB; more is some other file
 
+MAX_FIELD = 100_000  # characters of a path or label
+
 _COLUMNS = ("path", "label", "action")
 _HEADER = "the first line must be: path,label,action"
 
@@ -101,6 +103,9 @@ def _fix(row: list[str], places: list[int], where: str) -> Fix:
     if len(row) != sum(p >= 0 for p in places):
         raise DataError(f"This line has {len(row)} fields, the first line {sum(p >= 0 for p in places)}.", where=where,
                         next='put quotes around a path or label that holds a comma: "a, b.jpg"')  # fmt: skip
+    if max(map(len, row)) > MAX_FIELD:  # said here, since the csv module's own limit is one for the whole process
+        raise DataError(f"This is not proper CSV: a field has more than {MAX_FIELD:,} characters.", where=where,
+                        next="close every quote; no path or label is that long")  # fmt: skip
     path, label, action = (row[place] if place >= 0 else "" for place in places)
     label, action = label.strip(), action.strip().lower()
     action = action or ("relabel" if label else "leave_out")

@@ -137,7 +137,7 @@ def _objects_digest(index: DatasetIndex, row: int) -> bytes:
     return digest.hexdigest().encode()
 
 
-_COLUMNS = ("path", "label", "split", "group", "content")
+_COLUMNS = ("path", "label", "split", "group", "content", "width", "height")
 
 
 def write_split(index: DatasetIndex) -> str:
@@ -150,7 +150,8 @@ def write_split(index: DatasetIndex) -> str:
         target = index.targets[row]
         label = index.class_names[target] if target >= 0 else ""
         content = index.contents[row].tobytes().hex() if len(index.contents) else ""
-        writer.writerow([path, label, split, int(index.groups[row]), content])
+        width, height = (0, 0) if index.sizes is None else index.sizes[row].tolist()
+        writer.writerow([path, label, split, int(index.groups[row]), content, width, height])
     return text.getvalue()
 
 
@@ -168,6 +169,10 @@ def read_split(path: Path, root: Path) -> DatasetIndex:
     if not rows or tuple(rows[0]) != _COLUMNS or any(len(row) != len(_COLUMNS) for row in rows):
         raise DataError("This is not a split.csv of goodfit.", where=str(path))
     body = rows[1:]
+    try:
+        numbers = np.array([[int(row[k]) for k in (3, 5, 6)] for row in body], np.int64).reshape(-1, 3)
+    except (ValueError, OverflowError) as error:
+        raise DataError(f"This is not a split.csv of goodfit: {error}.", where=str(path)) from error
     names = tuple(sorted({row[1] for row in body if row[2]}))
     number = {name: i for i, name in enumerate(names)}
     return DatasetIndex(
@@ -176,8 +181,9 @@ def read_split(path: Path, root: Path) -> DatasetIndex:
         targets=np.array([number.get(row[1], -1) for row in body], np.int64),
         class_names=names,
         splits=np.array([SPLITS.index(row[2]) if row[2] else LEFT_OUT for row in body], np.int8),
-        groups=np.array([int(row[3]) for row in body], np.int64),
+        groups=numbers[:, 0].copy(),
         contents=_contents([row[4] for row in body], path),
+        sizes=numbers[:, 1:].astype(np.int32),
     )
 
 

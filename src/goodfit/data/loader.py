@@ -111,7 +111,9 @@ def _own_threads() -> Iterator[None]:
             torch.set_num_threads(num)
 
 
-def _cut_all(pictures: list[npt.NDArray[np.uint8]], placed: Placement, made: npt.NDArray[np.uint8], threads: int) -> None:
+def _cut_all(
+    pictures: list[npt.NDArray[np.uint8]], placed: Placement, made: npt.NDArray[np.uint8], threads: int
+) -> None:
     """Cut every picture as placed, into `made` of shape (N, size, size, 3).
 
     What is Python comes before and after the threads: handing its lock over costs them more than the pixels.
