@@ -27,8 +27,8 @@ BACKBONE_LR = (
 )
 HEAD_LR = 10  # times the rate of a pretrained backbone
 IMBALANCE = 5.0  # largest class over smallest, from which training is balanced
-BALANCE = "logit"
-BALANCE_REASON = "rare classes are not sacrificed"
+BALANCE = "sample"
+BALANCE_REASON = "rare classes are drawn as often as the others"
 CACHE_SECONDS = 30.0  # of decoding, from which a cache is worth a file
 CLOSE_AUGMENT = 0.1
 MODEL_FOR_SMALL_PICTURES = "resnet10t"
