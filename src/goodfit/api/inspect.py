@@ -52,12 +52,15 @@ def suspect_stage(request: TrainRequest, audited: Audited, journal: Journal, pla
         features, what = _features(audited, rows, plan)
         found = find_suspects(features, index.targets[rows], len(index.class_names), groups=index.groups[rows], seed=0)
         table = _table(index, rows, found, audited.kept_labels)
-        note.text = (f"{len(table):,} likely wrong of {len(rows):,} (features of {what} tell "
+        note.text = (f"{len(found.flagged):,} likely wrong of {len(rows):,} (features of {what} tell "
                      f"{100 * found.accuracy:.0f} % of the classes)")  # fmt: skip
         if not table:
             return audited, []
-        lines = tuple(f"{s['path']}: {s['label']}, perhaps {s['proposed']}" for s in table)
-        finding = Finding("label_suspect", "warning", len(table), lines,
+        lines = tuple(
+            f"{s['path']}: {s['label']}, " + (f"perhaps {s['proposed']}" if s["proposed"] != s["label"] else "doubtful")
+            for s in table
+        )
+        finding = Finding("label_suspect", "warning", len(found.flagged), lines,
                           f"likely wrong labels, most likely first, by features of {what}: nothing was changed",
                           "mark them on audit.html, then labels=fixes.csv")  # fmt: skip
         journal.emit("finding", **finding.to_dict())
@@ -67,8 +70,10 @@ def suspect_stage(request: TrainRequest, audited: Audited, journal: Journal, pla
 def _table(
     index: DatasetIndex, rows: npt.NDArray[np.int64], found: Suspects, confirmed: frozenset[str]
 ) -> list[dict[str, Any]]:
+    """The flagged samples and whatever is as suspicious as they are, at least a tenth of all, most suspicious first."""
     made = []
-    for number in found.flagged.tolist():
+    num = max(len(found.flagged), len(rows) // 10) if len(found.flagged) else 0
+    for number in found.order[:num].tolist():
         row = int(rows[number])
         if shown_path(index.name(row)) not in confirmed:
             made.append({
