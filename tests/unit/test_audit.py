@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import goodfit
 from goodfit.core.errors import DataError
 from goodfit.data.audit import audit_dataset
 from goodfit.data.index import LEFT_OUT, NO_GROUP, SPLITS
@@ -182,3 +183,28 @@ def test_a_split_without_a_class_is_refused_and_can_be_made_anew(make_images, tm
     assert "resplit=true" in caught.value.next
     _, index, _ = audited(tmp_path / "d", How(resplit=True))
     check_splits(index)
+
+
+def test_wrong_labels_are_found_fixed_by_a_list_and_not_named_again(make_images, tmp_path):
+    """Through the command: two pictures in the wrong folder; the list moves one in the index and keeps the other."""
+    root = make_images(60, name="bars.v2")
+    for number in (500, 501):
+        draw(number, 0).save(root / "class1" / f"wrong{number}.png")
+    before = folder_hash(root)
+    runs = str(tmp_path / "runs")
+    first = goodfit.audit(root, project=runs)
+    assert (tmp_path / "runs/bars.v2-audit-1/audit.json").is_file(), "the name keeps its dots"
+    (finding,) = [f for f in first["findings"] if f["kind"] == "label_suspect"]
+    named = {item.split(": ")[0] for item in finding["items"]}
+    wrong = {"class1/wrong500.png", "class1/wrong501.png"}
+    assert wrong <= {item.split(": ")[0] for item in finding["items"][:4]} and "wrong500.png" in (
+        tmp_path / "runs/bars.v2-audit-1/audit.html"
+    ).read_text("utf-8")
+    (tmp_path / "fixes.csv").write_text(
+        "path,label,action\nclass1/wrong500.png,class0,relabel\nclass1/wrong501.png,,keep\n"
+    )
+    second = goodfit.audit(root, project=runs, labels=str(tmp_path / "fixes.csv"))
+    later = {i.split(": ")[0] for f in second["findings"] if f["kind"] == "label_suspect" for i in f["items"]}
+    assert wrong <= named and not wrong & later
+    counts = [sum(c) for c in zip(*second["data"]["class_counts"].values(), strict=True)]
+    assert counts == [61, 61, 60] and folder_hash(root) == before

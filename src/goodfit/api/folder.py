@@ -110,6 +110,12 @@ def check_name(request: TrainRequest) -> None:
         )
 
 
+def data_name(data: str | None) -> str:
+    """What a dataset is called: its folder, or its file without the suffix."""
+    path = Path(str(data)).resolve()
+    return path.name if path.is_dir() else path.stem
+
+
 def create_folder(request: TrainRequest, stem: str) -> Path:
     """Make the folder of a new run; two starts at one moment get two folders.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +15,7 @@ from goodfit.api.prepare import Audited, stage
 from goodfit.config.plan import Plan
 from goodfit.config.request import TrainRequest
 from goodfit.core.journal import Journal
+from goodfit.core.machine import num_cores
 from goodfit.data.findings import Finding
 from goodfit.data.fixes import read_fixes, shown_path
 from goodfit.data.index import LEFT_OUT, DatasetIndex
@@ -51,16 +51,18 @@ def suspect_stage(request: TrainRequest, audited: Audited, journal: Journal, pla
             return audited, []
         features, what = _features(audited, rows, plan)
         found = find_suspects(features, index.targets[rows], len(index.class_names), groups=index.groups[rows], seed=0)
-        table = _table(index, rows, found, audited.kept_labels)
-        note.text = (f"{len(found.flagged):,} likely wrong of {len(rows):,} (features of {what} tell "
+        confirmed = np.array([shown_path(index.name(row)) in audited.kept_labels for row in rows.tolist()])
+        count = int((~confirmed[found.flagged]).sum())
+        note.text = (f"{count:,} likely wrong of {len(rows):,} (features of {what} tell "
                      f"{100 * found.accuracy:.0f} % of the classes)")  # fmt: skip
-        if not table:
+        if not count:
             return audited, []
+        table = _table(index, rows, found, confirmed)
         lines = tuple(
             f"{s['path']}: {s['label']}, " + (f"perhaps {s['proposed']}" if s["proposed"] != s["label"] else "doubtful")
             for s in table
         )
-        finding = Finding("label_suspect", "warning", len(found.flagged), lines,
+        finding = Finding("label_suspect", "warning", count, lines,
                           f"likely wrong labels, most likely first, by features of {what}: nothing was changed",
                           "mark them on audit.html, then labels=fixes.csv")  # fmt: skip
         journal.emit("finding", **finding.to_dict())
@@ -68,14 +70,13 @@ def suspect_stage(request: TrainRequest, audited: Audited, journal: Journal, pla
 
 
 def _table(
-    index: DatasetIndex, rows: npt.NDArray[np.int64], found: Suspects, confirmed: frozenset[str]
+    index: DatasetIndex, rows: npt.NDArray[np.int64], found: Suspects, confirmed: npt.NDArray[np.bool_]
 ) -> list[dict[str, Any]]:
     """The flagged samples and whatever is as suspicious as they are, at least a tenth of all, most suspicious first."""
     made = []
-    num = max(len(found.flagged), len(rows) // 10) if len(found.flagged) else 0
-    for number in found.order[:num].tolist():
+    for number in found.order[: max(len(found.flagged), len(rows) // 10)].tolist():
         row = int(rows[number])
-        if shown_path(index.name(row)) not in confirmed:
+        if not confirmed[number]:
             made.append({
                 "path": index.name(row), "label": index.class_names[index.targets[row]],
                 "proposed": index.class_names[int(found.proposed[number])], "confidence": float(found.scores[number]),
@@ -88,7 +89,7 @@ def _features(audited: Audited, rows: npt.NDArray[np.int64], plan: Plan | None) 
     if index.task == "text":
         records = TextRecords(index, audited.reading.layouts)
         return text_features(records.text(int(r)) for r in rows), "words"
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(num_cores()) as pool:
         plain = np.stack(list(pool.map(lambda r: _plain(index.file(r)), rows.tolist())))
     if plan is None or not plan.weights.value:
         return plain, "colour, shape and texture"
@@ -157,7 +158,7 @@ def _pictures(index: DatasetIndex, wanted: Mapping[str, int]) -> dict[str, bytes
         _with_boxes(index, row, picture).save(stream, "JPEG", quality=80)
         return stream.getvalue()
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(num_cores()) as pool:
         made = dict(zip(wanted, pool.map(draw, wanted.values()), strict=True))
     return {path: data for path, data in made.items() if data}
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from goodfit.api.assemble import Parts, assemble, execution, run_hashes
 from goodfit.api.finish import bundle_stage, final_test, load_best, picture_stage, report_stage, write_result
-from goodfit.api.folder import AUDIT, PLAN, SPLIT, Run, check_name, create_folder, open_run, save_request
+from goodfit.api.folder import AUDIT, PLAN, SPLIT, Run, check_name, create_folder, data_name, open_run, save_request
 from goodfit.api.inspect import page_stage, suspect_stage
 from goodfit.api.prepare import base_plan, decide, progress_of, read_and_audit, stage
 from goodfit.config.parse import read_request
@@ -50,7 +50,7 @@ def train(data: str | Path | None = None, **asked: Any) -> Run:
     audited = read_and_audit(request, journal, base)
     plan = decide(request, audited, journal, base)
     audited, suspects = suspect_stage(request, audited, journal, plan)
-    folder = create_folder(request, Path(str(request.data)).resolve().stem)
+    folder = create_folder(request, data_name(request.data))
     with run_lock(folder), _recorded(journal, folder):
         save_request(folder, request)
         write_json(folder / AUDIT, audited.to_dict())
@@ -236,7 +236,7 @@ def audit(data: str | Path | None = None, **asked: Any) -> dict[str, Any]:
     if (request.pretrained or "false") != "false" and audited.index.task == "classify":
         plan = decide(request, audited, Journal(None, ()), base)
     audited, suspects = suspect_stage(request, audited, journal, plan)
-    name = Path(str(request.data)).resolve().stem
+    name = data_name(request.data)
     folder = create_folder(request, f"{name}-audit")
     page = page_stage(request, folder, name, audited, suspects, journal)
     found = audited.to_dict()

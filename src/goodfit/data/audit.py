@@ -9,11 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from goodfit.core.errors import DataError
 from goodfit.data.audit_objects import audit_objects
-from goodfit.data.columns import Objects
 from goodfit.data.findings import Finding, from_problems, merged
 from goodfit.data.index import LEFT_OUT, NO_GROUP, DatasetIndex, class_counts
 from goodfit.data.patterns import outliers, shortcut_findings, split_shift
@@ -171,9 +169,3 @@ def changed_files(index: DatasetIndex) -> list[str]:
     with ThreadPoolExecutor() as pool:
         found = list(pool.map(digest, rows))
     return [index.paths[r] for r, d in zip(rows, found, strict=True) if d != index.contents[r].tobytes()]
-
-
-def kept_objects(objects: Objects, row: int) -> npt.NDArray[np.int64]:
-    """Numbers of the objects of a sample that the audit kept. Shape: (kept,)."""
-    part = objects.of(row)
-    return np.arange(part.start, part.stop)[objects.kept[part]]

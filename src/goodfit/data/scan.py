@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from goodfit.core.machine import num_cores
 from goodfit.core.random import permutation, stream
 from goodfit.data.duplicates import SIDE, thumbnail
 from goodfit.data.index import DatasetIndex
@@ -146,9 +146,8 @@ def scan_images(index: DatasetIndex, progress: Callable[[int, int], None] | None
     )  # fmt: skip
     codes: dict[str, int] = {}
     seconds: list[float] = []
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     position = 0
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(num_cores()) as pool:
         scans = pool.map(lambda row: scan_file(index.file(row), with_statistics=bool(wanted[row])), range(num))
         for row, scan in enumerate(scans):
             _enter(found, row, scan, codes)

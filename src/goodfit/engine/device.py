@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 
 from goodfit.config.facts import MachineFacts
 from goodfit.core.errors import RequestError
+from goodfit.core.machine import num_cores
 from goodfit.core.places import cache_folder, free_bytes
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,11 +38,6 @@ def find_machine(asked: str | None) -> MachineFacts:
         free_memory=int(psutil.virtual_memory().available),
         free_disk=free_bytes(cache_folder()),
     )
-
-
-def num_cores() -> int:
-    """Processors this process may use (a container's limit, not the machine's count)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _best_device() -> tuple[str, str]:

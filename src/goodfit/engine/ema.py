@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-EVERY = 4  # steps between two updates: each takes 3 % of a step of resnet18 on two cores, and nothing is lost by fewer
+EVERY = 4  # steps between two updates: each takes 3 % of a step of resnet18 on two cores
 HORIZON_SHARE = 0.05  # averages over this share of the run ...
 HORIZON_EPOCHS = 5  # ... but not over more epochs than this, as most runs stop before their budget ends
 
