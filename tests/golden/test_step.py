@@ -234,13 +234,29 @@ def test_ema_equals_the_formula():
         with torch.no_grad():
             for tensor in [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]:
                 tensor += torch.randn_like(tensor) * 0.1
-        if step % 4 == 3:  # every fourth step moves the average, by the decay of four
-            decay = min(0.95, (1 + step) / (10 + step)) ** 4
+        if step % 2 == 1:  # a tenth of the horizon of 20 steps: every second step, by the decay of two
+            decay = min(0.95, (1 + step) / (10 + step)) ** 2
             for name, value in model.state_dict().items():
                 expected[name] = decay * expected[name] + (1 - decay) * value if value.is_floating_point() else value
-        ema.update(model, step, torch.tensor(False), reads_are_free=step % 8 == 3)  # both paths
+        ema.update(model, step, torch.tensor(False), reads_are_free=step % 4 == 3)  # both paths
     for name, value in ema.model.state_dict().items():
         assert torch.allclose(value, expected[name].to(value.dtype), atol=1e-6), name
+
+
+@pytest.mark.parametrize(("decay", "every"), [(0.9, 1), (0.95, 2), (0.99, 10), (0.999, 16), (0.5, 1)])
+def test_the_average_moves_ten_times_in_its_horizon_and_at_least_every_sixteen_steps(decay, every):
+    model = network()
+    ema = Ema(model, decay)
+    moved = []
+    for step in range(32):
+        before = copy.deepcopy(ema.model.state_dict())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.1
+        ema.update(model, step, torch.tensor(False), reads_are_free=True)
+        if any(not torch.equal(before[name], value) for name, value in ema.model.state_dict().items()):
+            moved.append(step + 1)
+    assert moved == list(range(every, 33, every))
 
 
 class Images(nn.Module):

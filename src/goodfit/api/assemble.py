@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from goodfit.config.plan import Plan
+from goodfit.core.machine import keep_freed_memory
 from goodfit.data.augment import PRESETS
 from goodfit.data.batch_transform import ImageBatchTransform
 from goodfit.data.index import DatasetIndex, data_hash
@@ -175,7 +176,8 @@ def run_hashes(plan: Plan, index: DatasetIndex) -> dict[str, Any]:
 @contextlib.contextmanager
 def execution(plan: Plan) -> Iterator[None]:
     """Threads, determinism and random state as the plan says; everything is put back at the end,
-    but for the variable that CUDA reads when it starts."""
+    but for the variable that CUDA reads when it starts, and for the C library's habit of keeping freed memory."""
+    keep_freed_memory()
     threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     benchmark = torch.backends.cudnn.benchmark
     with torch.random.fork_rng():

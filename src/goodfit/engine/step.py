@@ -95,7 +95,7 @@ class _TermSums:
     """
 
     def __init__(self, model: torch.nn.Module, num_samples: int, loss_scale: torch.Tensor, *, alone: bool) -> None:
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._model = model
         self._num_samples = num_samples
         self._loss_scale = loss_scale
         self._alone = alone
@@ -116,13 +116,17 @@ class _TermSums:
             ((total,),) = ((t for t, _ in terms.values()),)
             (total / self._num_samples * self._loss_scale).backward()
         else:
+            parameters = self._parameters()
             for number_left, (name, (total, _)) in zip(range(len(terms) - 1, -1, -1), terms.items(), strict=True):
-                made = torch.autograd.grad(total / self._num_samples * self._loss_scale, self._parameters,
+                made = torch.autograd.grad(total / self._num_samples * self._loss_scale, parameters,
                                            retain_graph=number_left > 0, allow_unused=True)  # fmt: skip
-                held = self._apart.setdefault(name, [torch.zeros_like(p) for p in self._parameters])
+                held = self._apart.setdefault(name, [torch.zeros_like(p) for p in parameters])
                 for mine, gradient in zip(held, made, strict=True):
                     if gradient is not None:
                         mine += gradient
+
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        return [p for p in self._model.parameters() if p.requires_grad]
 
     def finish(self, ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss, and the number that the gradients must be divided by; both scalars on the device."""
@@ -131,13 +135,13 @@ class _TermSums:
         scale = self._loss_scale
         if self._apart:
             weights = {name: self._num_samples / counts[name] for name in counts}
-            for number, parameter in enumerate(self._parameters):
+            for number, parameter in enumerate(self._parameters()):
                 parameter.grad = sum(self._apart[name][number] * weights[name] for name in counts)
         elif not self._alone:
             (count,) = counts.values()
             scale = scale * count / self._num_samples
         if ranks.size > 1:
-            for parameter in self._parameters:
+            for parameter in self._parameters():
                 if parameter.grad is not None:
                     ranks.sum_(parameter.grad)
         return loss, scale
