@@ -3,6 +3,7 @@
 #   make test    run the tests
 PYTHON ?= python3
 BIN := .venv/bin
+DATA ?= ../shared/data
 
 .PHONY: demo test check bench clean
 
@@ -25,6 +26,9 @@ check: .venv/installed
 	$(BIN)/python -m pytest tests/shape
 
 bench: .venv/installed
+	$(BIN)/python benchmarks/loader.py $(DATA)/classify/trashnet/dataset-resized
+	$(BIN)/python benchmarks/loader.py $(DATA)/classify/cifar10/cifar10.zip --size 32 --rounds 3 --seconds 1
+	$(BIN)/python benchmarks/step_share.py $(DATA)/classify/trashnet/dataset-resized
 	$(BIN)/python benchmarks/first_run.py
 
 clean:

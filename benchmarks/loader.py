@@ -2,7 +2,7 @@
 
     python benchmarks/loader.py FOLDER [--size 160] [--rounds 5] [--max 4000]
 
-FOLDER holds one folder per class. All make batches of 32 random crops, mirrored by half, at the size given; the plain
+FOLDER holds one folder per class, or is a zip file of one (its `train` folder, if it has one). All make batches of 32 random crops, mirrored by half, at the size given; the plain
 loader has two worker processes, ours none. "uint8" ends with the batch of bytes, "float" with normalised float32 in
 channels-last order on the device that trains ("+ colour" with the brightness, contrast and saturation of the standard
 preset, which the plain loader does not have). Rounds are taken in turn; ratios are of the same round.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -98,13 +99,24 @@ def main() -> None:
     parser.add_argument("--max", type=int, default=4000)
     parser.add_argument("--seconds", type=float, default=2.0, help="shortest time of one measurement")
     asked = parser.parse_args()
-    os.environ.setdefault("GOODFIT_CACHE_DIR", tempfile.mkdtemp())
-    reading = read_dataset(asked.folder)
+    with tempfile.TemporaryDirectory() as made:
+        os.environ["GOODFIT_CACHE_DIR"] = made
+        folder = asked.folder
+        if folder.suffix == ".zip":
+            shutil.unpack_archive(folder, Path(made) / "unpacked")
+            folder = Path(made) / "unpacked"
+            folder = folder / "train" if (folder / "train").is_dir() else folder
+        compare(folder, asked)
+
+
+def compare(folder: Path, asked: argparse.Namespace) -> None:
+    """Measure every loader on a folder, in turn."""
+    reading = read_dataset(folder)
     index = split_dataset(audit_dataset(reading, max_bad=0.05).index, shares="98/1/1", split_seed=0, given=())
     rows = index.rows("train")[: asked.max]
     runs = {
-        "plain uint8": plain(asked.folder, asked.size, floating=False, most=asked.max),
-        "plain float": plain(asked.folder, asked.size, floating=True, most=asked.max),
+        "plain uint8": plain(folder, asked.size, floating=False, most=asked.max),
+        "plain float": plain(folder, asked.size, floating=True, most=asked.max),
         "ours off uint8": ours(index, rows, asked.size, cache="off", floating=False),
         "ours ram uint8": ours(index, rows, asked.size, cache="ram", floating=False),
         "ours disk uint8": ours(index, rows, asked.size, cache="disk", floating=False),
