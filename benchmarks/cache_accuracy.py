@@ -30,8 +30,8 @@ raise SystemExit(main(sys.argv[2:]))
 """
 
 
-def accuracy(folder: Path, arm: str, seed: int, words: list[str]) -> tuple[float, float]:
-    """Test accuracy, and the seconds of the whole process' training."""
+def accuracy(folder: Path, arm: str, seed: int, words: list[str]) -> float:
+    """Accuracy on the test split, per cent."""
     with tempfile.TemporaryDirectory() as made:
         command = [sys.executable, "-c", CHILD, str(ARMS[arm] or 0), "train", str(folder.resolve()), f"seed={seed}",
                    f"split_seed={seed}", "cache=ram", "suspects=false", "json=true", *words]  # fmt: skip
@@ -39,7 +39,7 @@ def accuracy(folder: Path, arm: str, seed: int, words: list[str]) -> tuple[float
         result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     if done.returncode:
         raise SystemExit(f"{words}: {result}")
-    return 100 * float(result["metrics"]["test"]["accuracy"]), float(result["rate"])
+    return 100 * float(result["metrics"]["test"]["accuracy"])
 
 
 def main() -> None:
@@ -52,9 +52,8 @@ def main() -> None:
     found: dict[str, list[float]] = {arm: [] for arm in ARMS}
     for seed in range(seeds):
         for arm in list(ARMS)[:: 1 if seed % 2 else -1]:
-            value, rate = accuracy(folder, arm, seed, words)
-            found[arm].append(value)
-            print(f"seed {seed} {arm:<8} {value:5.1f} %  {rate:,.0f} img/s", flush=True)
+            found[arm].append(accuracy(folder, arm, seed, words))
+            print(f"seed {seed} {arm:<8} {found[arm][-1]:5.1f} %", flush=True)
     gaps = np.array(found["reduced"]) - np.array(found["full"])
     half = STUDENT[len(gaps) - 2] * gaps.std(ddof=1) / len(gaps) ** 0.5
     print(f"reduced {np.mean(found['reduced']):.1f} %, full {np.mean(found['full']):.1f} %, "

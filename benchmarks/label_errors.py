@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from goodfit.data.suspects import THUMBNAIL, find_suspects, plain_features, text_features
+from goodfit.data.checks.suspects import THUMBNAIL, find_suspects, plain_features, text_features
 from goodfit.runtime.images import Preprocessing, decode_image
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from torchvision import datasets, transforms
 
-from goodfit.data.audit import audit_dataset
 from goodfit.data.augment import PRESETS
 from goodfit.data.batch_transform import ImageBatchTransform
+from goodfit.data.checks.audit import audit_dataset
+from goodfit.data.formats.readers import read_dataset
 from goodfit.data.index import DatasetIndex
 from goodfit.data.loader import TrainLoader, TrainSamples
-from goodfit.data.readers import read_dataset
 from goodfit.data.split import split_dataset
 from goodfit.data.store import PictureStore
 from goodfit.runtime.images import Preprocessing

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from goodfit.data.duplicates import SIDE, near_duplicates, thumbnail
+from goodfit.data.checks.duplicates import SIDE, near_duplicates, thumbnail
 
 CALIBRATE = {
     "coco128": "segment/coco128/images/**/*.jpg",

@@ -88,6 +88,14 @@ def test_folders_import_downwards_only():
     assert import_violations(SOURCE) == []
 
 
+def test_within_data_the_formats_and_the_checks_do_not_know_each_other():
+    for path in (SOURCE / "data").rglob("*.py"):
+        own = path.parent.name
+        forbidden = {"formats": {"checks"}, "checks": {"formats"}}.get(own, {"formats", "checks"})
+        for name in forbidden:
+            assert f"goodfit.data.{name}" not in path.read_text("utf-8"), f"{path} imports {name}"
+
+
 def test_the_import_check_sees_a_violation(tmp_path):
     (tmp_path / "core").mkdir()
     (tmp_path / "core" / "bad.py").write_text("def f():\n    from goodfit.engine import loop\n")

@@ -11,12 +11,12 @@ from PIL import Image
 
 import goodfit
 from goodfit.core.errors import DataError
-from goodfit.data.audit import audit_dataset
+from goodfit.data.checks.audit import audit_dataset
+from goodfit.data.checks.twins import components
+from goodfit.data.formats.readers import read_dataset
 from goodfit.data.index import LEFT_OUT, NO_GROUP, SPLITS
-from goodfit.data.readers import read_dataset
 from goodfit.data.reading import How
 from goodfit.data.split import check_splits, split_dataset
-from goodfit.data.twins import components
 from pictures import draw, folder_hash
 
 
@@ -156,7 +156,7 @@ def test_no_shortcut_where_there_is_none(make_images):
 
 
 def test_given_splits_that_differ_and_production_samples(tmp_path):
-    from goodfit.data.patterns import folder_shift
+    from goodfit.data.checks.patterns import folder_shift
 
     random = np.random.default_rng(0)
     for split, dark in (("train", 0), ("val", 90)):

@@ -14,8 +14,8 @@ from PIL import Image
 
 from browser import Browser
 from goodfit.core.errors import DataError
-from goodfit.data.draw import class_colour, contact_sheet, draw_objects, drawable
-from goodfit.data.fixes import Fix, apply_fixes, kept_paths, read_fixes, shown_path
+from goodfit.data.checks.draw import class_colour, contact_sheet, draw_objects, drawable
+from goodfit.data.checks.fixes import Fix, apply_fixes, kept_paths, read_fixes, shown_path
 from goodfit.data.index import LEFT_OUT, NO_GROUP, NO_SPLIT, DatasetIndex
 from goodfit.outcome.audit_page import KINDS, split_item, write_audit_page
 from pictures import draw, folder_hash

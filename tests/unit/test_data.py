@@ -10,12 +10,12 @@ import torch
 from PIL import Image, ImageDraw
 
 from goodfit.core.errors import DataError, StorageError
-from goodfit.data.audit import audit_dataset
 from goodfit.data.augment import PRESETS, crop, fit_into, mirror_into, place
+from goodfit.data.checks.audit import audit_dataset
+from goodfit.data.formats.readers import read_dataset
 from goodfit.data.index import SPLITS, data_hash, read_split, write_split
 from goodfit.data.loader import TrainLoader, TrainSamples, epoch_order, row_of
 from goodfit.data.policy import apply_operations, draw_operations, move_points
-from goodfit.data.readers import read_dataset
 from goodfit.data.reading import How
 from goodfit.data.split import SealedTest, split_dataset, subset
 from goodfit.data.store import PictureStore, reduced_sizes

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from goodfit.data import alignment, duplicates
-from goodfit.data.duplicates import SIDE, near_duplicates, thumbnail
+from goodfit.data.checks import alignment, duplicates
+from goodfit.data.checks.duplicates import SIDE, near_duplicates, thumbnail
 from pictures import folder_hash
 
 Pixels = npt.NDArray[np.uint8]

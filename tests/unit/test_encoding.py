@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from goodfit.core.errors import DataError
-from goodfit.data import read_text
-from goodfit.data.encoding import BINARY, detect_encoding, text_content
+from goodfit.data.formats import read_text
+from goodfit.data.formats.encoding import BINARY, detect_encoding, text_content
 from goodfit.data.reading import How
 
 

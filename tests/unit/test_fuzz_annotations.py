@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from goodfit.core.errors import DataError
-from goodfit.data import read_coco, read_voc, read_yolo
-from goodfit.data.audit_objects import audit_objects
+from goodfit.data.checks.audit_objects import audit_objects
 from goodfit.data.columns import Objects
+from goodfit.data.formats import read_coco, read_voc, read_yolo
 from goodfit.data.masks import draw_mask, pack_rle
 from goodfit.data.reading import How, Reading
 from pictures import draw

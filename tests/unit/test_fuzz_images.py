@@ -8,9 +8,9 @@ from io import BytesIO
 import numpy as np
 import pytest
 
-from goodfit.data.audit import audit_dataset
-from goodfit.data.readers import read_dataset
-from goodfit.data.scan import scan_file
+from goodfit.data.checks.audit import audit_dataset
+from goodfit.data.checks.scan import scan_file
+from goodfit.data.formats.readers import read_dataset
 from goodfit.runtime.images import ImageError, decode_image
 from pictures import draw, folder_hash
 

@@ -8,10 +8,10 @@ import time
 from contextlib import suppress
 
 from goodfit.core.errors import DataError
-from goodfit.data import read_table, read_text
-from goodfit.data.encoding import text_content
+from goodfit.data.formats import read_table, read_text
+from goodfit.data.formats.encoding import text_content
+from goodfit.data.formats.records import TextRecords
 from goodfit.data.reading import How
-from goodfit.data.records import TextRecords
 
 HOW = How()
 TEXTS = ["Crème brûlée, twice", 'he said ""no"", then\nleft', "plain words here", "€5 “for” one", "a; b\tc | d"]

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from goodfit.core.errors import DataError
-from goodfit.data import read_coco, read_masks, read_voc, read_yolo
-from goodfit.data.audit_objects import audit_objects
+from goodfit.data.checks.audit_objects import audit_objects
 from goodfit.data.columns import MASK_FILE, NO_MASK, POLYGONS, RLE, Blobs, Objects, Strings
+from goodfit.data.formats import read_coco, read_masks, read_voc, read_yolo
 from goodfit.data.index import LEFT_OUT, DatasetIndex
 from goodfit.data.masks import (
     draw_mask,

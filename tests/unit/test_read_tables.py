@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from goodfit.core.errors import DataError
-from goodfit.data import read_table, read_text
-from goodfit.data.encoding import text_content
+from goodfit.data.formats import read_table, read_text
+from goodfit.data.formats.encoding import text_content
+from goodfit.data.formats.records import TextRecords
 from goodfit.data.reading import How, Reading
-from goodfit.data.records import TextRecords
 from pictures import folder_hash
 
 HOW = How()

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image, ImageFilter
 
 from goodfit.core.errors import DataError
-from goodfit.data.logistic import SparseRows, fit_logistic, make_folds, predict_shares, reduce_features
-from goodfit.data.shift import class_shift, feature_shift, find_shift, picture_statistics
-from goodfit.data.shortcut import find_shortcuts
-from goodfit.data.suspects import find_suspects, plain_features, text_features
+from goodfit.data.checks.logistic import SparseRows, fit_logistic, make_folds, predict_shares, reduce_features
+from goodfit.data.checks.shift import class_shift, feature_shift, find_shift, picture_statistics
+from goodfit.data.checks.shortcut import find_shortcuts
+from goodfit.data.checks.suspects import find_suspects, plain_features, text_features
 from pictures import draw, folder_hash
 
 Floats = npt.NDArray[np.float32]

@@ -16,12 +16,12 @@ from goodfit.config.plan import Plan
 from goodfit.config.request import TrainRequest
 from goodfit.core.journal import Journal
 from goodfit.core.machine import num_cores
-from goodfit.data.findings import Finding
-from goodfit.data.fixes import read_fixes, shown_path
+from goodfit.data.checks.findings import Finding
+from goodfit.data.checks.fixes import read_fixes, shown_path
+from goodfit.data.checks.scan import small_picture
+from goodfit.data.checks.suspects import Suspects, find_suspects, plain_features, text_features
+from goodfit.data.formats.records import TextRecords
 from goodfit.data.index import LEFT_OUT, DatasetIndex
-from goodfit.data.records import TextRecords
-from goodfit.data.scan import small_picture
-from goodfit.data.suspects import Suspects, find_suspects, plain_features, text_features
 
 MAX_SUSPECT_ROWS = 20_000  # above this, looking for wrong labels by default would take minutes
 MAX_CARDS = 120  # suspects shown on the page
@@ -166,7 +166,7 @@ def _pictures(index: DatasetIndex, wanted: Mapping[str, int]) -> dict[str, bytes
 def _with_boxes(index: DatasetIndex, row: int, picture: Any) -> Any:
     if index.objects is None or index.sizes is None or not index.sizes[row, 0]:
         return picture
-    from goodfit.data.draw import draw_objects
+    from goodfit.data.checks.draw import draw_objects
 
     part = index.objects.of(row)
     scale = picture.width / index.sizes[row, 0]

@@ -15,12 +15,12 @@ from goodfit.config.request import TrainRequest
 from goodfit.config.resolve import resolve, resolve_data, resolve_model
 from goodfit.core.errors import RequestError
 from goodfit.core.journal import Journal
-from goodfit.data.audit import Audit, audit_dataset
-from goodfit.data.findings import Finding, merged
-from goodfit.data.fixes import apply_fixes, kept_paths, read_fixes
+from goodfit.data.checks.audit import Audit, audit_dataset
+from goodfit.data.checks.findings import Finding, merged
+from goodfit.data.checks.fixes import apply_fixes, kept_paths, read_fixes
+from goodfit.data.checks.patterns import folder_shift
+from goodfit.data.formats.readers import read_dataset
 from goodfit.data.index import SPLITS, DatasetIndex, class_counts, data_hash
-from goodfit.data.patterns import folder_shift
-from goodfit.data.readers import read_dataset
 from goodfit.data.reading import How, Problem, Reading
 from goodfit.data.split import SealedTest, check_splits, split_dataset, subset
 from goodfit.data.store import RESERVE

@@ -170,7 +170,7 @@ def resume(run: str | Path, *, workers: int | None = None) -> Run:
 
 def reopen(run: Run, journal: Journal, *, workers: int | None = None) -> Parts:
     """Build a run's parts from its folder; raises DataError if its files changed."""
-    from goodfit.data.audit import changed_files
+    from goodfit.data.checks.audit import changed_files
 
     plan = run.plan
     index = read_split(run.path / SPLIT, Path(read_json(run.path / "run.json")["root"]))

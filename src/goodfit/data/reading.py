@@ -55,6 +55,16 @@ class Problem:
     lost: bool = False
 
 
+def clean(text: str) -> str:
+    """Text that any stream can print and any hash encode: lone surrogates written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def problem(kind: str, item: str, message: str = "", *, lost: bool = False) -> Problem:
+    """A Problem whose texts can be printed."""
+    return Problem(kind, clean(item), clean(message), lost)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
     """A dataset as read, without opening an image, and what was noticed on the way.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from goodfit.core.safeio import write_text
-from goodfit.data.fixes import shown_path
+from goodfit.data.checks.fixes import shown_path
 
 MAX_SHOWN = 24  # examples with pictures for each finding; the others are listed
 MAX_OPEN = 60  # suspects that are open at once; the others wait behind a click

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from goodfit.core.journal import Event
-from goodfit.data.draw import contact_sheet
+from goodfit.data.checks.draw import contact_sheet
 from goodfit.runtime.images import Preprocessing
 
 COLOURS = {"train": "#4c78a8", "val": "#e45756", "metric": "#54a24b", "lr": "#9d755d", "grid": "#dddddd"}

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from goodfit.core.errors import DataError
 from goodfit.data.columns import MASK_FILE
+from goodfit.data.formats.read_objects import Samples, split_of, wants_masks
 from goodfit.data.index import NO_SPLIT
-from goodfit.data.read_objects import Samples, problem, split_of, wants_masks
-from goodfit.data.reading import How, Problem, Reading, files_below, folders, is_image
+from goodfit.data.reading import How, Problem, Reading, files_below, folders, is_image, problem
 
 _CLASS = "object"  # where no class folders name one
 

@@ -17,16 +17,11 @@ import numpy.typing as npt
 from goodfit.core.errors import DataError
 from goodfit.data.columns import NO_MASK, Blobs, Objects, Strings
 from goodfit.data.index import NO_GROUP, SPLITS, DatasetIndex
-from goodfit.data.reading import How, Problem, Reading, is_image, split_number
+from goodfit.data.reading import How, Problem, Reading, clean, is_image, split_number
 
 MAX_LABEL_BYTES = 10_000_000  # of one image's annotation file; the largest honest ones have some hundred kilobytes
 _MAX_SHOWN = 60  # characters of a user's text within a message
 _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
-
-
-def clean(text: str) -> str:
-    """Text that any stream can print and any hash encode: lone surrogates written as escapes."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def shown(value: object) -> str:
@@ -36,11 +31,6 @@ def shown(value: object) -> str:
     except (ValueError, RecursionError):  # a whole number of over 4,300 digits, or lists in lists
         text = f"a {type(value).__name__}"
     return clean(text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "...")
-
-
-def problem(kind: str, item: str, message: str = "", *, lost: bool = False) -> Problem:
-    """A Problem whose texts can be printed."""
-    return Problem(kind, clean(item), clean(message), lost)
 
 
 def read_bytes(path: Path, limit: int = MAX_LABEL_BYTES) -> bytes:

@@ -8,10 +8,10 @@ from itertools import combinations, islice
 import numpy as np
 import numpy.typing as npt
 
-from goodfit.data.duplicates import near_duplicates
-from goodfit.data.findings import MAX_ITEMS, Finding
+from goodfit.data.checks.duplicates import near_duplicates
+from goodfit.data.checks.findings import MAX_ITEMS, Finding
+from goodfit.data.checks.scan import Scan
 from goodfit.data.index import LEFT_OUT, NO_GROUP, SPLITS, DatasetIndex
-from goodfit.data.scan import Scan
 
 Ints = npt.NDArray[np.int64]
 MIN_SIDE = (

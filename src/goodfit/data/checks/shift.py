@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from goodfit.core.errors import DataError
 from goodfit.core.random import derive_seed, hash64, stream
-from goodfit.data.logistic import Float, SparseRows, check_features, make_folds, out_of_fold, reduce_features
+from goodfit.data.checks.logistic import Float, SparseRows, check_features, make_folds, out_of_fold, reduce_features
 
 LEVEL = 0.001  # of all tests of a call together
 MIN_DISTANCE = 0.15  # Kolmogorov-Smirnov statistic: at some value, the shares of samples below it differ by this

@@ -12,22 +12,12 @@ from typing import Any
 import numpy as np
 
 from goodfit.core.errors import DataError
-from goodfit.data.coco_files import candidates, refuse_doubtful
 from goodfit.data.columns import NO_MASK, POLYGONS, RLE
+from goodfit.data.formats.coco_files import candidates, refuse_doubtful
+from goodfit.data.formats.read_objects import Listings, Samples, decode_text, number, shown, split_of, wants_masks
 from goodfit.data.index import SPLITS
 from goodfit.data.masks import pack_polygons, pack_rle, rle_box, rle_runs
-from goodfit.data.read_objects import (
-    Listings,
-    Samples,
-    clean,
-    decode_text,
-    number,
-    problem,
-    shown,
-    split_of,
-    wants_masks,
-)
-from goodfit.data.reading import How, Problem, Reading, folders, is_image
+from goodfit.data.reading import How, Problem, Reading, clean, folders, is_image, problem
 
 _IMAGE_FOLDERS = ("images", "JPEGImages", "imgs", "img")
 _MAX_ID = 2**63

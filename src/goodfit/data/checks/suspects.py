@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from goodfit.core.errors import DataError
-from goodfit.data.logistic import (
+from goodfit.data.checks.logistic import (
     Float,
     SparseRows,
     check_features,

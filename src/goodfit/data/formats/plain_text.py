@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from goodfit.data.encoding import BINARY, detect_encoding
-from goodfit.data.records import Layout, Lines, explained, records
+from goodfit.data.formats.encoding import BINARY, detect_encoding
+from goodfit.data.formats.records import Layout, Lines, explained, records
 
 BLOCK = 4096  # bytes of a row of plain text, about a thousand tokens
 

@@ -16,9 +16,9 @@ from PIL import Image
 
 from goodfit.core.machine import num_cores
 from goodfit.core.random import permutation, stream
-from goodfit.data.duplicates import SIDE, thumbnail
+from goodfit.data.checks.duplicates import SIDE, thumbnail
+from goodfit.data.checks.shift import picture_statistics
 from goodfit.data.index import DatasetIndex
-from goodfit.data.shift import picture_statistics
 from goodfit.runtime.images import ImageError, damage, decode_bytes, decode_image, open_image, read_file
 
 GREY_SPREAD = 8  # largest difference of two channels in a picture that counts as grey

@@ -15,15 +15,13 @@ from typing import Any
 import numpy as np
 
 from goodfit.core.errors import DataError
-from goodfit.data.encoding import check_encoding, text_content
-from goodfit.data.index import NO_GROUP, NO_SPLIT, DatasetIndex
-from goodfit.data.labels import Marks, class_names_beside, given_splits
-from goodfit.data.plain_text import BLOCK, blocks, has_labels, read_file
-from goodfit.data.read_table import are_boxes
-from goodfit.data.read_table import recognise as recognise_images
-from goodfit.data.reading import How, Problem, Reading, files_below, folders, is_image, relative, split_number
-from goodfit.data.records import NESTED, Layout, explained, line_layout, records, sniff
-from goodfit.data.tables import (
+from goodfit.data.formats.encoding import check_encoding, text_content
+from goodfit.data.formats.labels import Marks, class_names_beside, given_splits
+from goodfit.data.formats.plain_text import BLOCK, blocks, has_labels, read_file
+from goodfit.data.formats.read_table import are_boxes
+from goodfit.data.formats.read_table import recognise as recognise_images
+from goodfit.data.formats.records import NESTED, Layout, explained, line_layout, records, sniff
+from goodfit.data.formats.tables import (
     TABLE_SUFFIXES,
     Roles,
     Table,
@@ -35,6 +33,8 @@ from goodfit.data.tables import (
     text_columns,
     the_file,
 )
+from goodfit.data.index import NO_GROUP, NO_SPLIT, DatasetIndex
+from goodfit.data.reading import How, Problem, Reading, files_below, folders, is_image, relative, split_number
 
 FORMATS = ("text-table", "text-lines", "text-folders", "plain-text")
 

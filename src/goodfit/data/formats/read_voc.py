@@ -13,19 +13,18 @@ from pathlib import Path
 import numpy as np
 
 from goodfit.core.errors import DataError
-from goodfit.data.index import NO_SPLIT, SPLITS
-from goodfit.data.read_objects import (
+from goodfit.data.formats.read_objects import (
     Listings,
     Samples,
     decode_text,
-    problem,
     read_bytes,
     read_text,
     shown,
     split_of,
     wants_masks,
 )
-from goodfit.data.reading import How, Problem, Reading, folders, is_regular
+from goodfit.data.index import NO_SPLIT, SPLITS
+from goodfit.data.reading import How, Problem, Reading, folders, is_regular, problem
 
 _ANNOTATION_FOLDERS = ("annotations", "annotation", "xml", "xmls")
 _IMAGE_FOLDERS = ("jpegimages", "images", "image", "imgs", "img")

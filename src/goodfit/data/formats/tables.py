@@ -15,9 +15,9 @@ from itertools import islice
 from pathlib import Path
 
 from goodfit.core.errors import DataError
+from goodfit.data.formats.records import NESTED, Layout, records, sniff
 from goodfit.data.index import NO_SPLIT
 from goodfit.data.reading import How, Problem, folders, is_image, is_regular, split_number
-from goodfit.data.records import NESTED, Layout, records, sniff
 
 TABLE_SUFFIXES = frozenset([".csv", ".tsv", ".jsonl", ".ndjson", ".parquet"])
 IMAGE_NAMES = (

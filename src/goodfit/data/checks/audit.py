@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from goodfit.core.errors import DataError
-from goodfit.data.audit_objects import audit_objects
-from goodfit.data.findings import Finding, from_problems, merged
+from goodfit.data.checks.audit_objects import audit_objects
+from goodfit.data.checks.findings import Finding, from_problems, merged
+from goodfit.data.checks.patterns import outliers, shortcut_findings, split_shift
+from goodfit.data.checks.scan import Scan, scan_images
+from goodfit.data.checks.twins import audit_twins
 from goodfit.data.index import LEFT_OUT, NO_GROUP, DatasetIndex, class_counts
-from goodfit.data.patterns import outliers, shortcut_findings, split_shift
 from goodfit.data.reading import Reading
-from goodfit.data.scan import Scan, scan_images
-from goodfit.data.twins import audit_twins
 
 MIN_PER_CLASS = 3  # one for each of train, val and test
 IMBALANCE = 3.0  # largest class over smallest, from which it is reported

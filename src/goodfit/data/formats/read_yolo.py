@@ -14,20 +14,8 @@ import numpy as np
 
 from goodfit.core.errors import DataError
 from goodfit.data.columns import NO_MASK, POLYGONS
-from goodfit.data.index import SPLITS
-from goodfit.data.read_objects import (
-    Listings,
-    ObjectsBuilder,
-    Samples,
-    clean,
-    followed,
-    problem,
-    read_text,
-    shown,
-    wants_masks,
-)
-from goodfit.data.reading import How, Reading, files_below, is_image, is_regular
-from goodfit.data.yolo_layout import (
+from goodfit.data.formats.read_objects import Listings, ObjectsBuilder, Samples, followed, read_text, shown, wants_masks
+from goodfit.data.formats.yolo_layout import (
     NO_LABELS,
     Layout,
     has_labels,
@@ -39,6 +27,8 @@ from goodfit.data.yolo_layout import (
     parse_line,
     yamls,
 )
+from goodfit.data.index import SPLITS
+from goodfit.data.reading import How, Reading, clean, files_below, is_image, is_regular, problem
 
 _LIST_BYTES = 1_000_000_000
 

@@ -13,10 +13,10 @@ import numpy as np
 
 from goodfit.config.yaml12 import read_yaml
 from goodfit.core.errors import DataError, RequestError
+from goodfit.data.formats.read_objects import followed, read_text, shown, split_of
 from goodfit.data.index import NO_SPLIT, SPLITS
 from goodfit.data.masks import pack_polygons
-from goodfit.data.read_objects import clean, followed, problem, read_text, shown, split_of
-from goodfit.data.reading import How, Problem, folders, is_image, is_regular
+from goodfit.data.reading import How, Problem, clean, folders, is_image, is_regular, problem
 
 NO_LABELS = frozenset(  # texts that stand among label files
     ("classes.txt", "train.txt", "val.txt", "valid.txt", "test.txt", "readme.txt", "license.txt", "requirements.txt")

@@ -14,8 +14,7 @@ import numpy.typing as npt
 from goodfit.data.columns import MASK_FILE, NO_MASK, POLYGONS, RLE, Blobs, Objects
 from goodfit.data.index import LEFT_OUT, DatasetIndex
 from goodfit.data.masks import mask_box, polygon_area, read_mask, rle_runs, scale_polygons, unpack_polygons
-from goodfit.data.read_objects import problem
-from goodfit.data.reading import Problem
+from goodfit.data.reading import Problem, problem
 
 MIN_SIDE = 0.99  # pixels: smaller boxes hold no pixel; a share of 6 decimals of a 1-pixel box may come to 0.995
 MIN_INSIDE = 0.5  # share of a box's area within the image, from which it is clipped rather than dropped

@@ -8,12 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from goodfit.core.errors import DataError
-from goodfit.data.findings import Finding
+from goodfit.data.checks.findings import Finding
+from goodfit.data.checks.scan import Scan, scan_images
+from goodfit.data.checks.shift import Shift, class_shift, find_shift
+from goodfit.data.checks.shortcut import find_shortcuts
 from goodfit.data.index import LEFT_OUT, NO_GROUP, NO_SPLIT, SPLITS, DatasetIndex, class_counts
 from goodfit.data.reading import files_below, is_image, relative, split_number
-from goodfit.data.scan import Scan, scan_images
-from goodfit.data.shift import Shift, class_shift, find_shift
-from goodfit.data.shortcut import find_shortcuts
 
 OUTLIER_FACTOR = 8.0  # in area or aspect, from the median picture
 OUTLIER_SHARE = 0.01  # a group of pictures above this share is no outlier but a part of the data

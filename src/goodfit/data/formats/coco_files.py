@@ -7,9 +7,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from goodfit.core.errors import DataError
+from goodfit.data.formats.read_objects import split_of, split_words
 from goodfit.data.index import NO_SPLIT
-from goodfit.data.read_objects import clean, split_of, split_words
-from goodfit.data.reading import folders, is_regular
+from goodfit.data.reading import clean, folders, is_regular
 
 _WINDOW = 1_000_000  # bytes looked at, at the start, in the middle and at the end, to recognise a large JSON
 

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from goodfit.core.errors import DataError
-from goodfit.data.encoding import BINARY, detect_encoding
+from goodfit.data.formats.encoding import BINARY, detect_encoding
+from goodfit.data.formats.tables import Roles
 from goodfit.data.index import NO_GROUP, NO_SPLIT, SPLITS
 from goodfit.data.reading import is_regular, split_number
-from goodfit.data.tables import Roles
 
 _NAME_FILES = ("classes.txt", "class_names.txt", "label_names.txt", "labels.txt")
 _MAX_LABEL = 100  # characters of a class name that a message shows

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from goodfit.core.errors import DataError
-from goodfit.data.logistic import make_folds, wilson_low
+from goodfit.data.checks.logistic import make_folds, wilson_low
 
 NUM_FOLDS = 5
 MIN_ROWS = 10  # of a value, below which it is pooled with other rare ones

@@ -13,11 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from goodfit.core.errors import DataError
-from goodfit.data.index import NO_SPLIT, DatasetIndex
-from goodfit.data.labels import Marks, class_names_beside, given_splits
-from goodfit.data.reading import IMAGE_SUFFIXES, How, Problem, Reading, folders, is_image, is_regular, relative
-from goodfit.data.records import Layout, explained, sniff
-from goodfit.data.tables import (
+from goodfit.data.formats.labels import Marks, class_names_beside, given_splits
+from goodfit.data.formats.records import Layout, explained, sniff
+from goodfit.data.formats.tables import (
     IMAGE_NAMES,
     Roles,
     Table,
@@ -26,6 +24,8 @@ from goodfit.data.tables import (
     open_table,
     split_and_group,
 )
+from goodfit.data.index import NO_SPLIT, DatasetIndex
+from goodfit.data.reading import IMAGE_SUFFIXES, How, Problem, Reading, folders, is_image, is_regular, relative
 
 _BOXES = ({"xmin", "ymin", "xmax", "ymax"}, {"x1", "y1", "x2", "y2"}, {"x_min", "y_min", "x_max", "y_max"},
           {"left", "top", "right", "bottom"}, {"x", "y", "width", "height"}, {"x", "y", "w", "h"}, {"bbox"})  # fmt: skip

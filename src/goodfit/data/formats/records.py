@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from goodfit.core.errors import DataError
-from goodfit.data.encoding import BINARY, detect_encoding, file_encoding, without_mark
+from goodfit.data.formats.encoding import BINARY, detect_encoding, file_encoding, without_mark
 from goodfit.data.index import DatasetIndex
 
 NESTED = "\0nested"  # the cell of a list, an object or bytes: neither a name nor a text

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 from goodfit.core.errors import DataError
-from goodfit.data import read_coco, read_folders, read_masks, read_table, read_text, read_voc, read_yolo
+from goodfit.data.formats import read_coco, read_folders, read_masks, read_table, read_text, read_voc, read_yolo
 from goodfit.data.reading import How, Reading, folders
 
 # Most telling first. Each module has recognise(data) -> note or None, and read(data, how) -> Reading.

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from goodfit.data.alignment import Floats, agreement
+from goodfit.data.checks.alignment import Floats, agreement
 
 Ints = npt.NDArray[np.int64]
 
