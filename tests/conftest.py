@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from pictures import REAL_DATA, draw
+from pictures import REAL_DATA, draw, folder_hash, folder_times
 
 
 @pytest.fixture
@@ -29,12 +29,22 @@ def make_images(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-@pytest.fixture
-def real_data() -> Path:
-    """The folder of real datasets; the test is skipped where it is absent."""
+@pytest.fixture(scope="session")
+def whole_real_data() -> Iterator[Path]:
+    """The folder of real datasets, whose content is the same after all tests as before the first."""
     if not REAL_DATA.is_dir():
         pytest.skip("the real datasets are not beside this checkout")
-    return REAL_DATA
+    before = folder_hash(REAL_DATA)
+    yield REAL_DATA
+    assert folder_hash(REAL_DATA) == before, "the tests changed the real datasets"
+
+
+@pytest.fixture
+def real_data(whole_real_data: Path) -> Iterator[Path]:
+    """The folder of real datasets, untouched by the test; the test is skipped where it is absent."""
+    before = folder_times(whole_real_data)
+    yield whole_real_data
+    assert folder_times(whole_real_data) == before, "the test touched the real datasets"
 
 
 @pytest.fixture

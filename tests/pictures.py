@@ -12,6 +12,15 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 REAL_DATA = REPOSITORY.parent / "shared" / "data"
 
 
+def folder_times(root: Path) -> dict[str, tuple[int, int, int]]:
+    """Size, and time of the last change of content and of anything, of every file below a folder: any write shows."""
+    found = {}
+    for path in sorted(root.rglob("*")):
+        status = path.lstat()
+        found[str(path)] = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return found
+
+
 def folder_hash(folder: Path) -> str:
     """SHA-256 over names and bytes of all files below a folder."""
     digest = hashlib.sha256()
