@@ -45,7 +45,7 @@ OPTIONS = [
     "workers", "augment", "policy", "erase", "close_augment", "flip", "mixup", "cutmix",
     "balance", "optimizer", "lr", "head_lr", "weight_decay", "momentum", "schedule", "warmup",
     "lrf", "accumulate", "clip", "label_smoothing", "dropout", "drop_path", "ema", "patience",
-    "min_delta", "monitor", "precision", "channels_last", "threads", "deterministic", "rehearse",
+    "min_delta", "monitor", "measure", "memory", "precision", "channels_last", "threads", "deterministic", "rehearse",
 ]  # fmt: skip
 
 

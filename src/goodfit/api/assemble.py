@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,17 +85,10 @@ def assemble(plan: Plan, index: DatasetIndex, *, workers: int | None = None) -> 
         WeightsError: the pretrained weights cannot be had any more.
     """
     rows = subset(index, plan.fraction.value, plan.split_seed.value)
-    task = ClassifyTask(index.class_names, label_smoothing=plan.label_smoothing.value,
-                        **balancing(plan.balance.value, np.bincount(index.targets[rows])))  # fmt: skip
-    preprocessing = Preprocessing.from_dict(plan.preprocessing.value)
-    device = DevicePolicy(kind=plan.device.value, precision=plan.precision.value,
-                          channels_last=plan.channels_last.value)  # fmt: skip
     ranks = Ranks()
+    task = assemble_task(plan, index.class_names, np.bincount(index.targets[rows]))
+    preprocessing = Preprocessing.from_dict(plan.preprocessing.value)
     preset = replace(PRESETS[plan.augment.value], policy=plan.policy.value)
-    transform = ImageBatchTransform(
-        preprocessing=preprocessing, num_classes=len(index.class_names), colour=preset.colour, erase=plan.erase.value,
-        mixup=plan.mixup.value, cutmix=plan.cutmix.value, seed=plan.seed.value, channels_last=plan.channels_last.value,
-    )  # fmt: skip
     store = PictureStore(index, rows, imgsz=plan.imgsz.value, cache=plan.cache.value)
     samples = TrainSamples(index=index, store=store, preset=preset, preprocessing=preprocessing, flip=plan.flip.value,
                            seed=plan.seed.value, collate=task.collate)  # fmt: skip
@@ -106,15 +99,13 @@ def assemble(plan: Plan, index: DatasetIndex, *, workers: int | None = None) -> 
     val = EvalLoader(index, val_rows, preprocessing=preprocessing, batch=EVAL_BATCH, threads=plan.threads.value,
                      collate=task.collate, keep=len(val_rows) * 3 * preprocessing.size**2 <= KEEP_BYTES,
                      rank=ranks.rank, size=ranks.size)  # fmt: skip
-    network, weights = build_network(plan, len(index.class_names))
-    network = device.place(network)
-    state = _initial_state(plan, network, device, train.steps_per_epoch)
+    state, context, weights = assemble_step(plan, task, train.steps_per_epoch, ranks)
     return Parts(
         plan=plan,
         index=index,
         task=task,
         preprocessing=preprocessing,
-        context=StepContext(task, transform, device, ranks, plan.seed.value, plan.clip.value),
+        context=context,
         train=train,
         val=val,
         state=state,
@@ -123,6 +114,28 @@ def assemble(plan: Plan, index: DatasetIndex, *, workers: int | None = None) -> 
         weights=weights,
         store=store,
     )  # fmt: skip
+
+
+def assemble_task(plan: Plan, class_names: Sequence[str], counts: npt.NDArray[np.int64]) -> ClassifyTask:
+    """The task of a plan, for classes that have so many training samples."""
+    return ClassifyTask(class_names, label_smoothing=plan.label_smoothing.value,
+                        **balancing(plan.balance.value, counts))  # fmt: skip
+
+
+def assemble_step(
+    plan: Plan, task: ClassifyTask, steps_per_epoch: int, ranks: Ranks
+) -> tuple[TrainState, StepContext, WeightReport | None]:
+    """What one step of training needs, and what loading the weights did; no dataset is needed for it."""
+    device = DevicePolicy(kind=plan.device.value, precision=plan.precision.value,
+                          channels_last=plan.channels_last.value)  # fmt: skip
+    transform = ImageBatchTransform(
+        preprocessing=Preprocessing.from_dict(plan.preprocessing.value), num_classes=len(task.class_names),
+        colour=PRESETS[plan.augment.value].colour, erase=plan.erase.value, mixup=plan.mixup.value,
+        cutmix=plan.cutmix.value, seed=plan.seed.value, channels_last=plan.channels_last.value,
+    )  # fmt: skip
+    network, weights = build_network(plan, len(task.class_names))
+    state = _initial_state(plan, device.place(network), device, steps_per_epoch)
+    return state, StepContext(task, transform, device, ranks, plan.seed.value, plan.clip.value), weights
 
 
 def assemble_probe(

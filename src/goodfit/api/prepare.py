@@ -159,8 +159,10 @@ def _compare(request: TrainRequest, audit: Audit) -> list[Finding]:
     return folder_shift(audit.index, audit.scan, Path(request.like))
 
 
-def decide(request: TrainRequest, audited: Audited, journal: Journal, base: Plan | None = None) -> Plan:
-    """Stage `plan`: look at the machine and the model, then resolve.
+def decide(
+    request: TrainRequest, audited: Audited, journal: Journal, base: Plan | None = None, *, measuring: bool = True
+) -> Plan:
+    """Stage `plan`: look at the machine and the model, measure where it pays, then resolve.
 
     Raises:
         RequestError: something that was asked cannot be done.
@@ -171,6 +173,7 @@ def decide(request: TrainRequest, audited: Audited, journal: Journal, base: Plan
             f"goodfit does not train this task yet: {audited.index.task}.", where=str(request.data),
             next=f"goodfit audit {request.data} checks the data; task=classify needs one class per image",
         )  # fmt: skip
+    from goodfit.api.probe import measure, wants_measuring
     from goodfit.engine.device import find_machine
     from goodfit.models.catalog import look_up
 
@@ -179,7 +182,13 @@ def decide(request: TrainRequest, audited: Audited, journal: Journal, base: Plan
         machine = find_machine(request.device)
         wanted = resolve_model(request, data, base)
         model = look_up(wanted.model.value, wanted.pretrained.value, asked=wanted.pretrained.source == "asked")
-        plan = resolve(request, Facts(data=data, machine=machine, model=model), base)
+        facts = Facts(data=data, machine=machine, model=model)
+        plan = resolve(request, facts, base)
+        if measuring and wants_measuring(request, plan, data.num_train, base):
+            rows = subset(audited.index, plan.fraction.value, plan.split_seed.value)
+            measured = measure(request, plan, audited.index, rows, machine)
+            journal.emit("measured", table=measured.table(), **measured.to_dict())
+            plan = resolve(request, replace(facts, measured=measured), base)
         for name, decision in plan.decisions().items():
             journal.emit("decision", name=name, value=decision.value, reason=decision.reason, source=decision.source)
         licence = plan.weights.reason if plan.weights.value else "no pretrained weights"

@@ -234,7 +234,7 @@ def audit(data: str | Path | None = None, **asked: Any) -> dict[str, Any]:
     audited = read_and_audit(request, journal, base)
     plan = None
     if (request.pretrained or "false") != "false" and audited.index.task == "classify":
-        plan = decide(request, audited, Journal(None, ()), base)
+        plan = decide(request, audited, Journal(None, ()), base, measuring=False)
     audited, suspects = suspect_stage(request, audited, journal, plan)
     name = data_name(request.data)
     folder = create_folder(request, f"{name}-audit")

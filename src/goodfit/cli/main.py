@@ -89,12 +89,13 @@ def plan(places: Words, asked: Asked) -> Answer:
     """Decide everything and stop there; nothing is written."""
     from goodfit.api.train import plan
 
-    value = plan(_one(places, asked, "data"), **asked).plan.to_dict()
+    made = plan(_one(places, asked, "data"), **asked).plan
+    value = made.to_dict()
     width = max(len(name) for name in value["decisions"])
     lines = [
         f"{n:<{width}}  {_short(d['value']):<28} {d['source']:<9} {d['reason']}" for n, d in value["decisions"].items()
     ]
-    return Answer(value, lines)
+    return Answer(value, [*lines, *(made.measured.table() if made.measured is not None else [])])
 
 
 def predict(places: Words, asked: Asked) -> Answer:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from goodfit.config.measured import Measured
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataFacts:
@@ -64,3 +66,4 @@ class Facts:
     data: DataFacts
     machine: MachineFacts
     model: ModelFacts
+    measured: Measured | None = None  # None: rules decide

@@ -34,6 +34,7 @@ def parse_request(asked: Mapping[str, Any], *, allowed: Sequence[str] | None = N
     problems: list[str] = []
     values: dict[str, Any] = {}
     amp = None
+    asked = _memory_share(asked)
     names = spellings()
     for key, value in asked.items():
         spelling = str(key).replace("-", "_")
@@ -105,6 +106,21 @@ def coerce(name: str, option: Option, value: Any) -> Any:
     if isinstance(value, Path | str | int | float) and not isinstance(value, bool) and str(value).strip():
         return str(value)
     raise BadValue("must be text")
+
+
+def _memory_share(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """`batch=0.7` is a share of the memory, not a number of samples."""
+    made = dict(asked)
+    for spelling in [s for s, name in spellings().items() if name == "batch" and s in made]:
+        text = str(made[spelling]).strip()
+        try:
+            number = float(text.removesuffix("%")) * (0.01 if text.endswith("%") else 1)
+        except ValueError:
+            continue
+        if 0 < number < 1:
+            del made[spelling]
+            made["memory"] = number
+    return made
 
 
 def _ask_amp(values: dict[str, Any], value: Any, problems: list[str]) -> None:

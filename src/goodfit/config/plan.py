@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
+from goodfit.config.measured import Measured
 from goodfit.core.errors import RequestError
 
 Source = Literal["asked", "rule", "measured"]
@@ -76,18 +77,16 @@ class Plan:
     seed: Decision[int]
     deterministic: Decision[bool]
     rehearse: Decision[bool]
+    measured: Measured | None = None  # the figures behind what was measured; decides nothing
 
     def decisions(self) -> dict[str, Decision[Any]]:
         """Every decision by name, in the order of the schema."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "measured"}
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain values: {"decisions": {name: {"value", "source", "reason"}}}."""
-        return {
-            "decisions": {
-                name: {"value": d.value, "source": d.source, "reason": d.reason} for name, d in self.decisions().items()
-            }
-        }
+        """The plan as plain values: {"decisions": {name: {"value", "source", "reason"}}}, with "measured" if it was."""
+        rows = {n: {"value": d.value, "source": d.source, "reason": d.reason} for n, d in self.decisions().items()}
+        return {"decisions": rows} | ({"measured": self.measured.to_dict()} if self.measured is not None else {})
 
     @classmethod
     def from_dict(cls, value: Any, *, where: str = "") -> Plan:
@@ -99,7 +98,7 @@ class Plan:
         table = value.get("decisions") if isinstance(value, dict) else None
         if not isinstance(table, dict):
             raise RequestError("This is not a plan: it has no decisions.", where=where)
-        expected = {f.name: str(f.type) for f in fields(cls)}
+        expected = {f.name: str(f.type) for f in fields(cls) if f.name != "measured"}
         problems = [f"{name}: no such decision" for name in table if name not in expected]
         problems += [f"{name}: missing" for name in expected if name not in table]
         found: dict[str, Any] = {}
@@ -119,7 +118,11 @@ class Plan:
             found[name] = Decision(raw, str(row.get("reason", "")), row["source"])
         if problems:
             raise RequestError("The plan cannot be read:\n" + "\n".join(f"  {p}" for p in problems), where=where)
-        return cls(**found)
+        try:
+            measured = Measured.from_dict(value["measured"]) if value.get("measured") else None
+        except (KeyError, TypeError, ValueError) as error:
+            raise RequestError(f"The plan's measurements cannot be read: {error}.", where=where) from error
+        return cls(**found, measured=measured)
 
 
 def read_plan(path: Path) -> Plan:

@@ -127,6 +127,11 @@ class TrainRequest:
         "choice", "Optimisation", "validation figure to watch", choices=("accuracy", "macro_f1", "loss")
     )
 
+    measure: bool | None = _ask(
+        "bool", "Hardware", "measure precision, memory format and batch here, for a minute at most"
+    )
+    memory: float | None = _ask("float", "Hardware", "share of the free memory that a batch may take; also batch=0.7",
+                                low=0.01, high=0.99)  # fmt: skip
     precision: str | None = _ask("choice", "Hardware", "arithmetic of the forward pass; also amp=true|false",
                                  choices=("fp32", "bf16", "fp16"))  # fmt: skip
     channels_last: bool | None = _ask("bool", "Hardware", "memory format of images and convolutions")

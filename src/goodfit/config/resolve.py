@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
+from goodfit.config.chooser import Chooser
+from goodfit.config.execution import BATCH, choose_batch, choose_execution
 from goodfit.config.facts import DataFacts, Facts, MachineFacts, ModelFacts
 from goodfit.config.plan import Decision, Plan
 from goodfit.config.request import TrainRequest
 from goodfit.core.errors import RequestError
 
-T = TypeVar("T")
-
 SMALL_SIDE = 64  # pixels: below this, pictures share little with the photos that weights were trained on
-BATCH = 64
-MIN_BATCH = 16
-MIN_STEPS_PER_EPOCH = 20
 LR = {"adamw": 1e-3, "adam": 1e-3, "sgd": 0.05}  # at batch 64
 BACKBONE_LR = (
     0.3  # of the rate from scratch, where the backbone is pretrained (trashnet: 1.0 lost 4 points, see dev/LOG.md)
@@ -29,7 +26,6 @@ HEAD_LR = 10  # times the rate of a pretrained backbone
 IMBALANCE = 5.0  # largest class over smallest, from which training is balanced
 BALANCE = "sample"
 BALANCE_REASON = "rare classes are drawn as often as the others"
-CACHE_SECONDS = 30.0  # of decoding, from which a cache is worth a file
 CLOSE_AUGMENT = 0.1
 MODEL_FOR_SMALL_PICTURES = "resnet10t"
 MODEL_FOR_PHOTOS = "resnet18.a1_in1k"
@@ -53,25 +49,9 @@ class ModelPlan:
     pretrained: Decision[str]  # "true", "false", a weight name or a file
 
 
-class _Chooser:
-    """Asked wins; then the earlier plan, if one was given; then the rule."""
-
-    def __init__(self, request: TrainRequest, base: Plan | None) -> None:
-        self.request = request
-        self.base = base
-
-    def __call__(self, name: str, rule: T, reason: str) -> Decision[T]:
-        asked = getattr(self.request, name)
-        if asked is not None:
-            return Decision(asked, "asked for", "asked")
-        if self.base is not None:
-            return getattr(self.base, name)
-        return Decision(rule, reason, "rule")
-
-
 def resolve_data(request: TrainRequest, base: Plan | None = None) -> DataPlan:
     """Decide what audit and split need."""
-    choose = _Chooser(request, base)
+    choose = Chooser(request, base)
     return DataPlan(
         split=choose("split", "70/15/15", "the usual shares of train/val/test"),
         split_seed=choose("split_seed", 0, "apart from seed, so that runs share one test split"),
@@ -85,7 +65,7 @@ def resolve_model(request: TrainRequest, data: DataFacts, base: Plan | None = No
 
     A weight file without `model` is left to the caller, who can look into the file: the model is then "".
     """
-    choose = _Chooser(request, base)
+    choose = Chooser(request, base)
     small = data.median_side <= SMALL_SIDE
     weight_file = request.model is None and (request.pretrained or "").endswith(".safetensors")
     if weight_file:
@@ -116,13 +96,11 @@ def resolve(request: TrainRequest, facts: Facts, base: Plan | None = None) -> Pl
     Raises:
         RequestError: asked values contradict each other or the facts.
     """
-    choose = _Chooser(request, base)
+    choose = Chooser(request, base)
     data, machine, model = facts.data, facts.machine, facts.model
     pretrained = model.weights_kind != "none"
     imgsz = _image_size(choose, data, machine, model, pretrained)
-    batch = choose("batch", _batch(data.num_train), _batch_reason(data.num_train))
-    accumulate = choose("accumulate", 1, "the batch fits at once")
-    _check_batch(batch, accumulate, data)
+    batch, accumulate = choose_batch(choose, facts)
     optimizer = choose("optimizer", "adamw", "steady over learning rates, the usual choice for fine-tuning")
     lr, head_lr = _learning_rates(choose, optimizer.value, batch.value, pretrained)
     epochs = choose("epochs", 300, "a budget: early stopping ends the run when it stops improving")
@@ -153,10 +131,11 @@ def resolve(request: TrainRequest, facts: Facts, base: Plan | None = None) -> Pl
         patience=choose("patience", 50, "the guides' default; warm-up is not counted"),
         min_delta=choose("min_delta", 0.001, "the guides' default, relative"),
         **_balance(choose, data),
-        **_execution(choose, facts, imgsz.value, epochs.value),
+        **choose_execution(choose, facts, imgsz.value, epochs.value),
         seed=choose("seed", 0, "fixed, so that the run can be repeated"),
         deterministic=choose("deterministic", False, "the CPU repeats itself anyway; on a GPU it costs speed"),
         rehearse=choose("rehearse", True, "a minute now against a night lost"),
+        measured=facts.measured if base is None else base.measured,
     )
 
 
@@ -169,7 +148,7 @@ def _data_decisions(request: TrainRequest, data: DataFacts, base: Plan | None) -
         if made:
             reason += f"; {' and '.join(made)} cut from train, stratified"
         split = Decision(split.value, reason, split.source)
-    choose = _Chooser(request, base)
+    choose = Chooser(request, base)
     return {
         "task": choose("task", data.task, "images with one class each"),
         "format": choose("format", data.format, data.format_reason),
@@ -198,7 +177,7 @@ def _model_decisions(request: TrainRequest, facts: Facts, base: Plan | None) -> 
 
 
 def _image_size(
-    choose: _Chooser, data: DataFacts, machine: MachineFacts, model: ModelFacts, pretrained: bool
+    choose: Chooser, data: DataFacts, machine: MachineFacts, model: ModelFacts, pretrained: bool
 ) -> Decision[int]:
     if data.median_side <= SMALL_SIDE:
         size, reason = (
@@ -232,34 +211,8 @@ def _preprocessing(imgsz: int, model: ModelFacts, pretrained: bool) -> Decision[
     return Decision(value, reason, "rule")
 
 
-def _batch(num_train: int) -> int:
-    """64, or less where an epoch would have fewer than 20 updates; a power of two, at least 16."""
-    size = BATCH
-    while size > MIN_BATCH and num_train // size < MIN_STEPS_PER_EPOCH:
-        size //= 2
-    return min(size, num_train)
-
-
-def _batch_reason(num_train: int) -> str:
-    size = _batch(num_train)
-    if size == BATCH:
-        return "the guides' default"
-    return f"{num_train:,} training images: {num_train // size} updates an epoch rather than {num_train // BATCH} at 64"
-
-
-def _check_batch(batch: Decision[int], accumulate: Decision[int], data: DataFacts) -> None:
-    if accumulate.value > batch.value:
-        raise RequestError(f"accumulate={accumulate.value} needs a batch of at least as many samples, not {batch.value}.",
-                           next="lower accumulate or raise batch")  # fmt: skip
-    if batch.value > data.num_train:
-        raise RequestError(
-            f"batch={batch.value} is larger than the training split of {data.num_train} images.",
-            next=f"use batch={data.num_train} or less",
-        )
-
-
 def _learning_rates(
-    choose: _Chooser, optimizer: str, batch: int, pretrained: bool
+    choose: Chooser, optimizer: str, batch: int, pretrained: bool
 ) -> tuple[Decision[float], Decision[float]]:
     base = LR[optimizer]
     ratio = batch / BATCH
@@ -282,7 +235,7 @@ def _warmup(epochs: int) -> float:
     return min(5.0, round(0.05 * epochs, 2))
 
 
-def _regularisation(choose: _Chooser, data: DataFacts, model: ModelFacts, pretrained: bool) -> dict[str, Any]:
+def _regularisation(choose: Chooser, data: DataFacts, model: ModelFacts, pretrained: bool) -> dict[str, Any]:
     small = data.median_side <= SMALL_SIDE
     augment = choose(
         "augment",
@@ -314,7 +267,7 @@ def _regularisation(choose: _Chooser, data: DataFacts, model: ModelFacts, pretra
     }  # fmt: skip
 
 
-def _policies(choose: _Chooser, augment: str) -> dict[str, Any]:
+def _policies(choose: Chooser, augment: str) -> dict[str, Any]:
     strong = augment == "strong"
     why = "part of the strong preset" if strong else "helps only long training"
     policy = choose("policy", "trivial" if strong else "off", why)
@@ -326,30 +279,7 @@ def _policies(choose: _Chooser, augment: str) -> dict[str, Any]:
     return {"policy": policy, "erase": erase, "mixup": mixup, "cutmix": cutmix, "close_augment": close}
 
 
-def _cache(choose: _Chooser, facts: Facts, imgsz: int, epochs: int) -> Decision[str]:
-    """Where decoded training pictures are kept, by what decoding costs and where there is room.
-
-    Memory, if decoding all of them again at the next run costs little; else the disk, where the next run finds them.
-    """
-    data, machine = facts.data, facts.machine
-    size = data.num_train * data.pixel_bytes_at * imgsz**2
-    seconds = data.num_train * data.decode_seconds / machine.num_cores
-    in_memory, on_disk = size <= 0.25 * machine.free_memory, size <= 0.25 * machine.free_disk
-    if epochs == 1:
-        value, why = "off", "each picture is used once"
-    elif in_memory and (seconds <= CACHE_SECONDS or not on_disk):
-        value, why = "ram", f"decoding again at the next run takes {seconds:.0f} s"
-    elif on_disk:
-        value, why = "disk", f"decoding takes {seconds:.0f} s, which the next run saves"
-    else:
-        value, why = "off", "they fit neither into memory nor onto the disk"
-    decision = choose("cache", value,
-                      f"{1e3 * data.decode_seconds:.1f} ms to decode one, {size / 1e6:,.0f} MB in all, "
-                      f"{machine.free_memory / 1e9:.0f} GB memory and {machine.free_disk / 1e9:.0f} GB disk free: {why}")  # fmt: skip
-    return Decision(decision.value, decision.reason, "measured") if decision.source == "rule" else decision
-
-
-def _balance(choose: _Chooser, data: DataFacts) -> dict[str, Any]:
+def _balance(choose: Chooser, data: DataFacts) -> dict[str, Any]:
     ratio = data.largest_class / max(1, data.smallest_class)
     if ratio < IMBALANCE:
         balance = choose("balance", "off", f"the largest class has {ratio:.1f} times the images of the smallest")
@@ -361,28 +291,3 @@ def _balance(choose: _Chooser, data: DataFacts) -> dict[str, Any]:
     else:
         monitor = choose("monitor", "macro_f1", "every class counts the same, as in balanced training")
     return {"balance": balance, "monitor": monitor}
-
-
-def _execution(choose: _Chooser, facts: Facts, imgsz: int, epochs: int) -> dict[str, Any]:
-    machine = facts.machine
-    if machine.device == "cuda":
-        precision = ("bf16", "this GPU has it") if machine.native_bf16 else ("fp16", "this GPU has no bf16")
-    elif machine.device == "cpu" and machine.native_bf16:
-        precision = ("bf16", "this CPU has bf16 instructions: twice the convolution speed of fp32")
-    else:
-        precision = ("fp32", "no fast half precision on this device")
-    cache = _cache(choose, facts, imgsz, epochs)
-    workers = min(8, max(1, machine.num_cores - 1))
-    return {
-        "precision": choose("precision", *precision),
-        "channels_last": choose("channels_last", machine.device != "mps",
-                                "faster convolutions" if machine.device != "mps" else "slower on this device"),
-        "device": Decision(machine.device, machine.device_reason, "asked" if choose.request.device else "rule"),
-        "threads": choose("threads", machine.num_cores, f"{machine.num_cores} cores"),
-        "cache": cache,
-        "workers": choose(
-            "workers",
-            workers if cache.value == "off" else 0,
-            "decoding runs beside the model" if cache.value == "off" else "the cache makes them needless",
-        ),
-    }  # fmt: skip

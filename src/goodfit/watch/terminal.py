@@ -75,6 +75,10 @@ class Terminal:
         text = f"{event['name']} {value:g}" if isinstance(value, float) else f"{event['name']} {value}"
         self._say("plan", f"{text}: {event['reason']}".ljust(WIDTH - 22) + f" [{event['source']}]")
 
+    def _on_measured(self, event: Event) -> None:
+        for line in event["table"]:
+            self._say("measure", line)
+
     def _on_finding(self, event: Event) -> None:
         first = f" (first: {event['items'][0]})" if event["items"] else ""
         self._say("audit", f"{event['count']:,} {event['kind']}: {event['action']}{first}")

@@ -1,0 +1,27 @@
+"""Who decides: the person, an earlier plan, or the rule."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from goodfit.config.plan import Decision, Plan, Source
+from goodfit.config.request import TrainRequest
+
+T = TypeVar("T")
+
+
+class Chooser:
+    """Asked wins; then the earlier plan, if one was given; then what was measured, or the rule."""
+
+    def __init__(self, request: TrainRequest, base: Plan | None) -> None:
+        self.request = request
+        self.base = base
+
+    def __call__(self, name: str, rule: T, reason: str, source: Source = "rule") -> Decision[T]:
+        """One decision: `rule` with its reason and source, unless it was asked for or decided earlier."""
+        asked = getattr(self.request, name)
+        if asked is not None:
+            return Decision(asked, "asked for", "asked")
+        if self.base is not None:
+            return getattr(self.base, name)
+        return Decision(rule, reason, source)

@@ -1,0 +1,141 @@
+"""Measure training steps of the real model: ways to execute them in turn, and batch sizes upwards.
+
+Runs in a process of its own (api/probe.py), so that running out of memory hurts nothing. Everything is yielded as soon
+as it is known: what was found before a process died counts.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from goodfit.config.measured import BatchCost, StepCost
+from goodfit.engine.contracts import Micro
+from goodfit.engine.loop import is_out_of_memory
+from goodfit.engine.state import TrainState, copy_buffers
+from goodfit.engine.step import StepContext, train_step
+
+Build = Callable[[str, bool], tuple[TrainState, StepContext]]  # precision, channels-last
+
+WARM_STEPS = 2  # not counted: allocation, kernel choice
+MIN_ROUNDS, MAX_ROUNDS = 4, 25
+MIN_STEPS, MAX_STEPS = 3, 12
+SECONDS_PER_SIZE = 4.0
+FALLING = 0.9  # of the best rate, below which larger batches are not tried
+
+
+def measure_executions(
+    build: Build, group: Sequence[Micro], ways: Sequence[tuple[str, bool]], seconds: float
+) -> Iterator[StepCost]:
+    """Time the step in every way, one step of each in turn, and compare loss and gradient with fp32.
+
+    Interleaving keeps the comparison fair on a machine whose speed wanders: each way sees the same neighbours.
+
+    Args:
+        build: Makes the run's state and context at a precision and memory format.
+        group: One batch.
+        ways: Precision and memory format; the first must be fp32, which the others are compared with.
+        seconds: After this many no further round is begun; four rounds are made in any case.
+    """
+    start = time.monotonic()
+    ready: list[tuple[StepCost, TrainState, StepContext]] = []
+    reference: tuple[float, torch.Tensor] | None = None
+    for precision, channels_last in ways:
+        cost = StepCost(precision=precision, channels_last=channels_last)
+        try:
+            state, context = build(precision, channels_last)
+            loss, gradient = loss_and_gradient(state.model, context, group)
+            reference = reference or (loss, gradient)
+            cost = replace(cost, loss_gap=_gap(loss, reference[0]), gradient_gap=_distance(gradient, reference[1]))
+            for _ in range(WARM_STEPS):
+                timed_step(state, context, group)
+            ready.append((cost, state, context))
+        except RuntimeError as error:
+            yield replace(cost, problem=_reason(error))
+    times: list[list[float]] = [[] for _ in ready]
+    for number in range(MAX_ROUNDS):
+        if number >= MIN_ROUNDS and time.monotonic() - start > seconds:
+            break
+        order = range(len(ready)) if number % 2 else range(len(ready) - 1, -1, -1)
+        for k in order:
+            times[k].append(timed_step(ready[k][1], ready[k][2], group))
+    for (cost, _, _), measured in zip(ready, times, strict=True):
+        yield replace(cost, seconds=statistics.median(measured))
+
+
+def measure_batches(
+    state: TrainState, context: StepContext, group_of: Callable[[int], Sequence[Micro]], sizes: Sequence[int],
+    memory: int, seconds: float,
+) -> Iterator[BatchCost]:  # fmt: skip
+    """Time the step at growing batch sizes until memory, time or the gain ends.
+
+    Args:
+        group_of: A batch of so many samples.
+        sizes: Upwards; memory is the most that was held so far, so the order matters.
+        memory: Bytes that may be taken; the first size over it is the last one tried.
+        seconds: After this many no further size is begun.
+    """
+    start, best, below = time.monotonic(), 0.0, 0
+    for size in sizes:
+        if best and time.monotonic() - start > seconds:
+            return
+        cost = BatchCost(batch=size)
+        try:
+            group = group_of(size)
+            for _ in range(WARM_STEPS):
+                timed_step(state, context, group)
+            began, steps = time.monotonic(), []
+            while len(steps) < MIN_STEPS or (len(steps) < MAX_STEPS and time.monotonic() - began < SECONDS_PER_SIZE):
+                steps.append(timed_step(state, context, group))
+            cost = replace(cost, seconds=statistics.median(steps), memory=context.device.peak_memory())
+        except RuntimeError as error:
+            yield replace(cost, problem=_reason(error))
+            return
+        yield cost
+        best = max(best, cost.rate)
+        below = below + 1 if cost.rate < FALLING * best else 0
+        if cost.memory > memory or below == 2:
+            return
+
+
+def timed_step(state: TrainState, context: StepContext, group: Sequence[Micro]) -> float:
+    """Seconds of one whole update at a learning rate of zero, waited for."""
+    start = time.perf_counter()
+    record = train_step(state, context, group, 0.0, copy_buffers(state.model))
+    float(record.loss)
+    return time.perf_counter() - start
+
+
+def loss_and_gradient(model: nn.Module, context: StepContext, group: Sequence[Micro]) -> tuple[float, torch.Tensor]:
+    """The loss of a batch without augmentation, and its gradient as one vector (float32, shape (parameters,))."""
+    model.train()
+    model.zero_grad(set_to_none=True)
+    total = 0.0
+    for micro in group:
+        context.device.seed(0)  # the same dropout in every way
+        batch = context.transform.evaluate(context.device.move(micro.data))
+        with context.device.autocast():
+            terms = context.task.loss(model, batch)
+        loss = torch.stack([value / count for value, count in terms.values()]).sum()
+        loss.backward()
+        total += float(loss.detach())
+    parts = [p.grad.detach().flatten().float() for p in model.parameters() if p.grad is not None]
+    return total, torch.cat(parts)
+
+
+def _gap(value: float, reference: float) -> float:
+    return abs(value - reference) / max(1e-12, abs(reference))
+
+
+def _distance(gradient: torch.Tensor, reference: torch.Tensor) -> float:
+    """Norm of the difference over the norm of the reference."""
+    return float((gradient - reference).norm() / reference.norm().clamp(min=1e-12))
+
+
+def _reason(error: RuntimeError) -> str:
+    return "out of memory" if is_out_of_memory(error) else str(error).splitlines()[0][:200]

@@ -1,0 +1,89 @@
+"""Measuring before the plan, in real processes."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from goodfit.api.prepare import decide, read_and_audit
+from goodfit.api.probe import _ask, measure, wants_measuring
+from goodfit.config.parse import parse_request
+from goodfit.core.journal import Journal
+from goodfit.data.split import subset
+from goodfit.engine.device import find_machine
+
+
+@pytest.fixture
+def prepared(make_images, tmp_path, monkeypatch):
+    monkeypatch.setenv("GOODFIT_CACHE_DIR", str(tmp_path / "cache"))
+
+    def make(per_class=30, **asked):
+        asked = {"model": "resnet10t", "pretrained": "false", "imgsz": 32, "epochs": 3, **asked}
+        request = parse_request({"data": str(make_images(per_class)), **asked})
+        audited = read_and_audit(request, Journal(None, ()))
+        plan = decide(request, audited, Journal(None, ()), measuring=False)
+        return request, audited, plan, subset(audited.index, 1.0, 0)
+
+    return make
+
+
+def test_it_finds_ways_and_sizes_touches_nothing_and_is_remembered(prepared, tmp_path):
+    request, audited, plan, rows = prepared()
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    found = measure(request, plan, audited.index, rows, find_machine("cpu"))
+    assert torch.equal(torch.get_rng_state(), before)
+    names = [(s.precision, s.channels_last) for s in found.steps]
+    assert names[:2] == [("fp32", False), ("fp32", True)] and all(s.seconds > 0 for s in found.steps)
+    assert found.steps[0].gradient_gap == 0 and found.steps[1].gradient_gap < 1e-4
+    assert all(0 < s.gradient_gap < 0.5 for s in found.steps if s.precision != "fp32")
+    assert [b.batch for b in found.batches] == [16] and found.batches[0].memory > 10**8
+    again = measure(request, plan, audited.index, rows, find_machine("cpu"))
+    assert again == found  # from the file: seconds of two measurements are never equal
+    other = measure(request, replace(plan, imgsz=replace(plan.imgsz, value=64)), audited.index, rows, find_machine("cpu"))
+    assert other != found
+
+
+def test_the_plan_takes_what_was_measured_and_never_overrules_what_was_asked(prepared):
+    request, audited, _, _ = prepared(measure=True)
+    plan = decide(request, audited, Journal(None, ()))
+    assert plan.precision.source == plan.batch.source == "measured" and plan.measured is not None
+    request, audited, _, _ = prepared(measure=True, precision="fp32", batch=24)
+    plan = decide(request, audited, Journal(None, ()))
+    assert (plan.precision.value, plan.precision.source, plan.batch.value) == ("fp32", "asked", 24)
+    assert plan.channels_last.source == "measured"
+
+
+def test_memory_ends_the_search_and_not_the_run(prepared):
+    request, audited, plan, rows = prepared(200, memory=0.9)
+    free = find_machine("cpu")
+    whole = measure(request, plan, audited.index, rows, free)
+    sizes = [b.batch for b in whole.batches]
+    assert sizes == [16] and not whole.batches[-1].problem
+    poor = measure(request, plan, audited.index, rows, replace(free, free_memory=60_000_000))
+    assert not any(s.admitted for s in poor.steps) or any(b.problem for b in poor.batches)
+
+
+def test_a_process_that_dies_leaves_what_it_found(tmp_path):
+    (tmp_path / "batch.npz").write_bytes(b"")
+    assert _ask(tmp_path, {"ways": [], "plan": {}}) == []
+
+
+def test_short_runs_are_not_measured(prepared):
+    request, _, plan, rows = prepared()
+    assert not wants_measuring(request, plan, len(rows), None)
+    long = replace(plan, epochs=replace(plan.epochs, value=100_000))
+    assert wants_measuring(request, long, len(rows), None)
+    assert not wants_measuring(request, long, len(rows), plan)
+    assert not wants_measuring(request, replace(long, deterministic=replace(plan.deterministic, value=True)), len(rows), None)
+
+
+def test_plan_json_carries_the_figures(run_cli, make_images):
+    data = make_images(20)
+    done = run_cli("plan", str(data), "model=resnet10t", "pretrained=false", "imgsz=32", "measure=true", "json=true")
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert made["decisions"]["precision"]["source"] == "measured" and made["measured"]["steps"]
+    assert np.isfinite(made["measured"]["seconds"])
