@@ -130,7 +130,12 @@ def _cut_all(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSamples:
-    """Makes augmented samples of any epoch: the map-style dataset behind the loader, without state of its own."""
+    """Makes augmented samples of any epoch: the map-style dataset behind the loader, without state of its own.
+
+    Attributes:
+        shares_cores: The model computes on the same cores. Cutting 32 pictures between two training steps then takes 2.4
+            to 2.8 ms on two threads and 2.3 on one: after each torch operation its idle thread spins on the other core.
+    """
 
     index: DatasetIndex
     store: PictureStore
@@ -139,6 +144,7 @@ class TrainSamples:
     flip: float
     seed: int
     collate: Collate
+    shares_cores: bool = False
 
     def micro_batch(
         self, epoch: int, samples: npt.NDArray[np.int64], *, closing: bool = False, threads: int = 1
@@ -156,7 +162,7 @@ class TrainSamples:
                        resize=self.preprocessing.resize, flip=self.flip)  # fmt: skip
         made = np.empty((len(samples), size, size, 3), np.uint8)
         with _own_threads():
-            _cut_all(pictures, placed, made, threads)
+            _cut_all(pictures, placed, made, 1 if self.shares_cores else threads)
             if preset.policy != "off":
                 operations = draw_operations(preset.policy, seed=self.seed, epoch=epoch, samples=samples)
                 _each(len(samples), threads, lambda k: apply_operations(operations[k], made[k]))

@@ -61,7 +61,8 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     num_samples = sum(len(micro.samples) for micro in group) * ranks.size
     sums = _TermSums(model, num_samples, state.loss_scale.value, alone=len(group) == 1 and ranks.size == 1)
-    model.train()
+    if not model.training:
+        model.train()
     for number, micro in enumerate(group):
         device.seed(derive_seed(_MODEL, context.seed, state.step, ranks.rank, number))
         batch = context.transform.train(device.move(micro.data), epoch=state.progress.epoch, step=state.step,
