@@ -42,7 +42,9 @@ def test_it_finds_ways_and_sizes_touches_nothing_and_is_remembered(prepared, tmp
     assert [b.batch for b in found.batches] == [16] and found.batches[0].memory > 10**8
     again = measure(request, plan, audited.index, rows, find_machine("cpu"))
     assert again == found  # from the file: seconds of two measurements are never equal
-    other = measure(request, replace(plan, imgsz=replace(plan.imgsz, value=64)), audited.index, rows, find_machine("cpu"))
+    other = measure(
+        request, replace(plan, imgsz=replace(plan.imgsz, value=64)), audited.index, rows, find_machine("cpu")
+    )
     assert other != found
 
 
@@ -77,7 +79,9 @@ def test_short_runs_are_not_measured(prepared):
     long = replace(plan, epochs=replace(plan.epochs, value=100_000))
     assert wants_measuring(request, long, len(rows), None)
     assert not wants_measuring(request, long, len(rows), plan)
-    assert not wants_measuring(request, replace(long, deterministic=replace(plan.deterministic, value=True)), len(rows), None)
+    assert not wants_measuring(
+        request, replace(long, deterministic=replace(plan.deterministic, value=True)), len(rows), None
+    )
 
 
 def test_plan_json_carries_the_figures(run_cli, make_images):

@@ -35,7 +35,9 @@ def test_lower_precision_must_be_worth_it():
 
 
 def test_the_reason_has_the_figures():
-    assert explain_execution([PLAIN, LAST, HALF], HALF) == "bf16 + channels-last: 2.0 × plain fp32, gradient within 0.4 %"
+    assert (
+        explain_execution([PLAIN, LAST, HALF], HALF) == "bf16 + channels-last: 2.0 × plain fp32, gradient within 0.4 %"
+    )
     refused = explain_execution([PLAIN, replace(HALF, gradient_gap=0.3)], PLAIN)
     assert refused == "200 ms a step; bf16 + channels-last refused: gradient 30 % off fp32"
 

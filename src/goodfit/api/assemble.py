@@ -91,7 +91,7 @@ def assemble(plan: Plan, index: DatasetIndex, *, workers: int | None = None) -> 
     preset = replace(PRESETS[plan.augment.value], policy=plan.policy.value)
     store = PictureStore(index, rows, imgsz=plan.imgsz.value, cache=plan.cache.value)
     samples = TrainSamples(index=index, store=store, preset=preset, preprocessing=preprocessing, flip=plan.flip.value,
-                           seed=plan.seed.value, collate=task.collate, shares_cores=device.kind == "cpu")  # fmt: skip
+                           seed=plan.seed.value, collate=task.collate, shares_cores=plan.device.value == "cpu")  # fmt: skip
     workers = plan.workers.value if workers is None else workers
     train = TrainLoader(samples, rows, batch=plan.batch.value, workers=workers, threads=plan.threads.value,
                         balance=plan.balance.value == "sample", rank=ranks.rank, size=ranks.size)  # fmt: skip

@@ -73,7 +73,8 @@ def _cache(choose: Chooser, facts: Facts, imgsz: int, epochs: int) -> Decision[s
     Memory, if decoding all of them again at the next run costs little; else the disk, where the next run finds them.
     """
     data, machine = facts.data, facts.machine
-    size = data.num_train * data.pixel_bytes_at * imgsz**2
+    largest = 3.0 * data.median_side**2  # pictures are kept reduced, never enlarged
+    size = data.num_train * min(data.pixel_bytes_at * imgsz**2, largest)
     seconds = data.num_train * data.decode_seconds / machine.num_cores
     in_memory, on_disk = size <= 0.25 * machine.free_memory, size <= 0.25 * machine.free_disk
     if epochs == 1:
@@ -85,12 +86,13 @@ def _cache(choose: Chooser, facts: Facts, imgsz: int, epochs: int) -> Decision[s
     else:
         value, why = "off", "they fit neither into memory nor onto the disk"
     decision = choose("cache", value,
-                      f"{1e3 * data.decode_seconds:.1f} ms to decode one, {size / 1e6:,.0f} MB in all, "
+                      f"{1e3 * data.decode_seconds:.1f} ms to decode one, {size / 1e6:,.1f} MB in all, "
                       f"{machine.free_memory / 1e9:.0f} GB memory and {machine.free_disk / 1e9:.0f} GB disk free: {why}")  # fmt: skip
     return Decision(decision.value, decision.reason, "measured") if decision.source == "rule" else decision
 
 
 def choose_execution(choose: Chooser, facts: Facts, imgsz: int, epochs: int) -> dict[str, Any]:
+    """Precision, memory format, device, threads, cache and loader processes, by their names in the plan."""
     machine = facts.machine
     precision, channels_last = _arithmetic(choose, machine, facts.measured)
     cache = _cache(choose, facts, imgsz, epochs)

@@ -107,14 +107,14 @@ class PictureStore:
             kept = np.frombuffer(mmap.mmap(-1, self.num_bytes), np.uint8)
             self._fill(kept, threads, progress)
             self._kept = kept
-            return f"{len(self._rows):,} pictures decoded into memory, {self.num_bytes / 1e6:,.0f} MB"
+            return f"{len(self._rows):,} pictures decoded into memory, {self.num_bytes / 1e6:,.1f} MB"
         if self.path.is_file() and self.path.stat().st_size == self.num_bytes:
             with contextlib.suppress(OSError):
                 os.utime(self.path)  # it was used: others leave before it
             self._kept = _map_file(self.path)
             return f"{len(self._rows):,} pictures from an earlier run's cache"
         self._write(threads, progress)
-        return f"{len(self._rows):,} pictures decoded to disk, {self.num_bytes / 1e6:,.0f} MB in {self.path}"
+        return f"{len(self._rows):,} pictures decoded to disk, {self.num_bytes / 1e6:,.1f} MB in {self.path}"
 
     def _fill(self, kept: Pixels, threads: int, progress: Callable[[int, int], None] | None) -> None:
         def place(row: int) -> None:

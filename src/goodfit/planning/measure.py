@@ -89,7 +89,8 @@ def measure_batches(
             group = group_of(size)
             for _ in range(WARM_STEPS):
                 timed_step(state, context, group)
-            began, steps = time.monotonic(), []
+            began = time.monotonic()
+            steps: list[float] = []
             while len(steps) < MIN_STEPS or (len(steps) < MAX_STEPS and time.monotonic() - began < SECONDS_PER_SIZE):
                 steps.append(timed_step(state, context, group))
             cost = replace(cost, seconds=statistics.median(steps), memory=context.device.peak_memory())
