@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import html
+import itertools
 import json
 import os
 import subprocess
@@ -43,6 +45,32 @@ def test_the_folder_holds_the_record(finished):
     assert {"run", "stage", "decision", "step", "epoch", "checkpoint", "test", "done"} <= events
     assert all(float(r["samples_per_second"]) > 0 for r in rows)
     assert not list(path.rglob(".tmp-*"))
+
+
+def test_the_time_of_every_epoch_is_accounted_for(finished):
+    """Its parts add up to the time between two epoch events, as the events' own stamps have it, and to what is reported."""
+    parts = ("data", "step", "host", "validation", "saving", "other")
+    epochs = [e for e in finished.events if e["event"] == "epoch"]
+    for before, after in itertools.pairwise(epochs):
+        assert sum(after[f"{part}_seconds"] for part in parts) == pytest.approx(after["seconds"], abs=1e-6)
+        assert after["seconds"] == pytest.approx(after["time"] - before["time"], abs=0.02)
+        assert after["step_seconds"] > 0.3 * after["seconds"] and after["saving_seconds"] > 0
+        training = sum(after[f"{part}_seconds"] for part in ("data", "step", "host"))
+        assert training == pytest.approx(after["train_seconds"], rel=0.05, abs=0.02)
+    found = finished.result["utilisation"]
+    assert sum(found["shares"].values()) == pytest.approx(1, abs=1e-3) and found["lever"]
+    train = finished.result["seconds"]["train"]
+    assert sum(found["seconds"].values()) == pytest.approx(train, rel=0.1, abs=0.1)
+    assert found["lever"] in html.unescape((finished.path / "report.html").read_text())
+
+
+def test_what_was_projected_is_compared_with_what_was_taken(finished):
+    projected, achieved = (finished.result["projection"][name] for name in ("projected", "achieved"))
+    assert projected["epochs"] == achieved["epochs"] == 5
+    assert 0.3 < achieved["epoch_seconds"] / projected["epoch_seconds"] < 5
+    assert 0.4 < achieved["kept"] / projected["kept"] <= 1 and projected["disk"] >= projected["kept"]
+    stages = [e["name"] for e in finished.events if e["event"] == "stage"]
+    assert stages.index("rehearse") < stages.index("projection") < stages.index("train") < stages.index("time")
 
 
 def test_the_bundle_predicts_what_the_final_test_saw(finished):

@@ -14,7 +14,7 @@ import pytest
 
 from goodfit.core import safeio
 from goodfit.core.errors import StorageError
-from goodfit.core.history import metrics_rows
+from goodfit.core.history import SECONDS, metrics_rows
 from goodfit.core.journal import Journal, read_events, read_lines
 from goodfit.core.lock import run_lock
 from goodfit.core.random import derive_seed, hash64, permutation, stream, uniform
@@ -106,8 +106,8 @@ def test_torn_last_line_is_skipped_at_any_byte(tmp_path):
 def test_a_resume_leaves_out_what_was_lost(tmp_path):
     path = tmp_path / "events.jsonl"
     journal = Journal(path)
-    row = {"train_loss": 1.0, "val": {"loss": 1.0}, "lr": 0.1, "samples_per_second": 1.0, "train_seconds": 1.0,
-           "data_seconds": 0.0}  # fmt: skip
+    row = {"train_loss": 1.0, "val": {"loss": 1.0}, "lr": 0.1, "samples_per_second": 1.0,
+           **dict.fromkeys(SECONDS, 0.0)}  # fmt: skip
     for epoch in range(4):
         journal.step = 10 * (epoch + 1)
         journal.emit("epoch", epoch=epoch, **row)

@@ -111,6 +111,8 @@ def test_names_are_shown_as_text_in_the_report(tmp_path):
         "decisions": {"lr": {"value": evil, "source": "rule", "reason": evil}}, "test": test, "comparison": [],
         "bundle": None, "gain": None, "training": evil, "rate": {"samples_per_second": 1.0, "share_of_bare": 0.9},
         "seconds": {"data": 1.0, "audit": 2.0}, "commands": [evil], "versions": {"goodfit": "0"},
+        "time": {"shares": {"step": 0.75, "data": 0.25}, "seconds": {"step": 3.0, "data": 1.0}, "share_of_bare": 0.7,
+                 "bottleneck": "data", "lever": evil}, "projection": evil,
     }  # fmt: skip
     write_report(tmp_path / "report.html", facts, {})
     page = (tmp_path / "report.html").read_text()

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from goodfit.api.assemble import Parts
 from goodfit.api.folder import AUDIT, PLAN, Run, load_request
 from goodfit.api.prepare import stage
-from goodfit.core.history import stage_seconds, training_rate
+from goodfit.api.verdict import compare_projection, judge_time
+from goodfit.core.history import bare_rate, stage_seconds, training_rate
 from goodfit.core.journal import Journal
 from goodfit.core.random import permutation, stream
 from goodfit.core.safeio import read_json, write_json
@@ -32,6 +33,7 @@ from goodfit.outcome.finaltest import final_result
 from goodfit.outcome.ledger import count_look
 from goodfit.outcome.plots import plot_batch, plot_confusion, plot_results
 from goodfit.outcome.report import write_report
+from goodfit.planning.projection import describe_outcome
 
 _PARITY = stream("parity")
 NUM_PICTURES = 16
@@ -172,7 +174,8 @@ def report_stage(run: Run, parts: Parts, journal: Journal, test: dict[str, Any],
             "training": f"{len(epochs)} epochs, {parts.state.progress.step} steps; the best state is that of epoch "
                         f"{best.get('epoch', 0) + 1}; {len(parts.state.progress.skipped)} updates left out.",
             "rate": rate(run), "seconds": stage_seconds(events), "commands": commands(run),
-            "versions": library_versions(),
+            "versions": library_versions(), "time": judge_time(run, parts).to_dict(),
+            "projection": describe_outcome(**compare_projection(run)),
         }  # fmt: skip
         write_report(run.path / "report.html", facts,
                      {"results": plots / "results.png", "confusion": plots / "confusion_matrix.png"})  # fmt: skip
@@ -182,9 +185,8 @@ def report_stage(run: Run, parts: Parts, journal: Journal, test: dict[str, Any],
 def rate(run: Run) -> dict[str, float]:
     """Samples per second of training, and its share of the bare step that the rehearsal measured (0 without one)."""
     events = run.events
-    bare = [float(e["bare_rate"]) for e in events if e["event"] == "stage" and e.get("bare_rate")]
-    speed = training_rate(events)
-    return {"samples_per_second": speed, "share_of_bare": speed / bare[-1] if bare else 0.0}
+    speed, bare = training_rate(events), bare_rate(events)
+    return {"samples_per_second": speed, "share_of_bare": speed / bare if bare else 0.0}
 
 
 def commands(run: Run) -> list[str]:
@@ -228,6 +230,8 @@ def write_result(run: Run, parts: Parts, checkpoints: Checkpoints, test: dict[st
         "state_sha256": tensors_sha256(last.files),
         "rate": rate(run),
         "seconds": stage_seconds(events),
+        "utilisation": judge_time(run, parts).to_dict(),
+        "projection": compare_projection(run),
     }
     write_json(run.path / "result.json", result)
     return result

@@ -13,6 +13,7 @@ from goodfit.api.finish import bundle_stage, final_test, load_best, picture_stag
 from goodfit.api.folder import AUDIT, PLAN, SPLIT, Run, check_name, create_folder, data_name, open_run, save_request
 from goodfit.api.inspect import page_stage, suspect_stage
 from goodfit.api.prepare import base_plan, decide, progress_of, read_and_audit, stage
+from goodfit.api.verdict import disk_stage, projection_stage, time_stage
 from goodfit.config.parse import read_request
 from goodfit.config.plan import Plan
 from goodfit.config.request import TrainRequest, options
@@ -61,6 +62,7 @@ def train(data: str | Path | None = None, **asked: Any) -> Run:
         page_stage(request, folder, folder.name, audited, suspects, journal)
         with execution(plan):
             parts = assemble(plan, audited.index)
+            disk_stage(folder, parts)
             cache_stage(parts, journal)
             picture_stage(Run(folder), parts, journal)
             if plan.rehearse.value:
@@ -73,16 +75,19 @@ def train(data: str | Path | None = None, **asked: Any) -> Run:
 
 @contextmanager
 def training(run: Run, parts: Parts, journal: Journal) -> Iterator[tuple[Checkpoints, StopFlag]]:
-    """Around `fit`: the newest checkpoint is put into the state, metrics.csv is kept, signals become a flag."""
+    """Around `fit`: the newest checkpoint is put into the state, the cost is projected, metrics.csv is kept,
+    signals become a flag; after it, where the time went."""
     checkpoints = Checkpoints(run.path / "checkpoints", run_hashes(parts.plan, parts.index))
     continue_from(parts, checkpoints, journal, run.path / "events.jsonl")
     journal.listen(MetricsFile(run.path))
+    projection_stage(run, parts, journal)
     with stage(journal, "train") as note:
         with StopFlag() as stop:
             yield checkpoints, stop
         progress = parts.state.progress
         best = progress.best or {}
         note.text = f"ended by its {progress.ended} after {progress.step} steps; best epoch {best.get('epoch', 0) + 1}"
+    time_stage(run, parts, journal)
 
 
 def finish(run: Run, parts: Parts, checkpoints: Checkpoints, journal: Journal) -> Run:

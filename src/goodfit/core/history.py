@@ -10,6 +10,9 @@ from typing import Any
 
 from goodfit.core.journal import Event
 
+SECONDS = ("train_seconds", "seconds", "data_seconds", "step_seconds", "host_seconds", "validation_seconds",
+           "saving_seconds", "other_seconds")  # fmt: skip
+
 
 def metrics_rows(epochs: Sequence[Event]) -> list[dict[str, Any]]:
     """The rows of metrics.csv: one per epoch and segment, the last record of each, in order."""
@@ -24,8 +27,7 @@ def metrics_rows(epochs: Sequence[Event]) -> list[dict[str, Any]]:
             "train/loss": event["train_loss"],
             **{f"val/{name}": value for name, value in event["val"].items()},
             "samples_per_second": round(event["samples_per_second"], 2),
-            "train_seconds": round(event["train_seconds"], 3),
-            "data_seconds": round(event["data_seconds"], 3),
+            **{name: round(event[name], 3) for name in SECONDS},
         }
     return [table[key] for key in sorted(table)]
 
@@ -48,6 +50,11 @@ def training_rate(events: Sequence[Event]) -> float:
     if not rates:
         return 0.0
     return float(statistics.median(rates[1:] or rates))
+
+
+def bare_rate(events: Sequence[Event]) -> float:
+    """Samples per second of the bare step that the last rehearsal measured; 0 without one."""
+    return next((float(e["bare_rate"]) for e in reversed(events) if e["event"] == "stage" and e.get("bare_rate")), 0.0)
 
 
 def stage_seconds(events: Sequence[Event]) -> dict[str, float]:

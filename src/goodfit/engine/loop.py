@@ -12,6 +12,7 @@ import torch
 from goodfit.core.errors import OutOfMemory, Stopped, TrainingError
 from goodfit.core.journal import Journal
 from goodfit.engine.checkpoint import Checkpoints, restore, take_snapshot
+from goodfit.engine.clock import Clock
 from goodfit.engine.contracts import EvaluationData, TrainingData
 from goodfit.engine.evaluate import evaluate
 from goodfit.engine.state import TrainState, copy_buffers, restore_buffers
@@ -47,7 +48,7 @@ def fit(
         OutOfMemory: the smallest micro-batch does not fit.
         StorageError: a checkpoint could not be written.
     """
-    epoch = _Epoch(state, journal)
+    epoch = _Epoch(state, journal, clock := Clock())
     while not state.progress.finished:
         progress = state.progress
         progress.closing = progress.schedule.is_closing(progress.step - progress.position // train.batch)
@@ -56,10 +57,9 @@ def fit(
         with closing(remaining) as groups:  # whatever ends the epoch, loader processes end with it
             epoch.start()
             while not out_of_memory and (group := next(groups, None)) is not None:
-                epoch.loaded()
+                clock.spend("data")
                 if progress.step == progress.schedule.stable_until and progress.step > 0:
-                    epoch.drain()
-                    checkpoints.save(take_snapshot(state, pinned=True))  # extensions and cool-downs start here
+                    _save(state, checkpoints, epoch, pinned=True)  # extensions and cool-downs start here
                 buffers = copy_buffers(state.model)
                 try:
                     record = train_step(state, context, group, progress.schedule.factor(progress.step), buffers)
@@ -71,44 +71,54 @@ def fit(
                     halve_micro_batch(state, train, journal, context)
                     out_of_memory = True
                     continue
+                clock.spend("step")
                 progress.position += train.batch
                 epoch.add(record)
                 if context.ranks.any(stop()):
                     _save_and_stop(state, checkpoints, epoch, stop)
                 if context.ranks.any(checkpoints.is_overdue()):
-                    epoch.drain()
-                    checkpoints.save(take_snapshot(state))
+                    _save(state, checkpoints, epoch)
+                clock.spend("host")
+        clock.spend("other" if out_of_memory else "data")  # loader processes have ended
         if out_of_memory:
             continue  # the same batch again, in smaller parts
         epoch.drain()
-        seconds = epoch.finish(context)
+        measured = epoch.finish(context)
         meter = evaluate(state.evaluated, val, task=context.task, transform=context.transform, device=context.device,
                          ranks=context.ranks, stop=stop)  # fmt: skip
         if meter is None:
             _save_and_stop(state, checkpoints, epoch, stop)
             continue
-        _close_epoch(state, meter.compute(), seconds, settings=settings, checkpoints=checkpoints, journal=journal,
-                     train=train)  # fmt: skip
+        _close_epoch(state, meter.compute(), measured, settings=settings, checkpoints=checkpoints, journal=journal,
+                     train=train, epoch=epoch)  # fmt: skip
         if not state.progress.finished and context.ranks.any(stop()):
             _save_and_stop(state, checkpoints, epoch, stop)
 
 
 def _close_epoch(
-    state: TrainState, metrics: dict[str, float], seconds: dict[str, float], *, settings: FitSettings,
-    checkpoints: Checkpoints, journal: Journal, train: TrainingData,
+    state: TrainState, metrics: dict[str, float], measured: dict[str, float], *, settings: FitSettings,
+    checkpoints: Checkpoints, journal: Journal, train: TrainingData, epoch: _Epoch,
 ) -> None:  # fmt: skip
-    """Take note of a validation, and decide what follows: the next epoch, a cool-down, or the end."""
-    progress = state.progress
+    """Take note of a validation, and decide what follows: the next epoch, a cool-down, or the end.
+
+    The event's seconds reach back to the event before it, so that what is saved here counts in the next epoch; what
+    follows the last epoch is told by its checkpoint.
+    """
+    progress, clock = state.progress, epoch.clock
+    clock.spend("validation")
     improved = _take_note(state, metrics, settings)
     train_loss = progress.loss_sum / max(1, progress.loss_count)
     journal.step, journal.segment = progress.step, progress.segment
+    clock.spend("host")
     journal.emit("epoch", epoch=progress.epoch, train_loss=train_loss, val=metrics, improved=improved,
                  lr=state.optimizer.param_groups[0]["lr"], samples=train.steps_per_epoch * train.batch,
-                 skipped=len(progress.skipped), total_steps=progress.schedule.total_steps, **seconds)  # fmt: skip
+                 skipped=len(progress.skipped), total_steps=progress.schedule.total_steps, **measured, **clock.lap())  # fmt: skip
     progress.epoch += 1
     progress.position, progress.loss_sum, progress.loss_count = 0, 0.0, 0
     if improved:
+        clock.spend("host")
         checkpoints.hold_best(take_snapshot(state))
+        clock.spend("saving")
     if progress.step >= progress.schedule.total_steps:
         if progress.best is None:
             raise TrainingError("No validation gave a finite loss.", kept="the last checkpoint",
@@ -116,10 +126,18 @@ def _close_epoch(
         progress.finished, progress.ended = True, "cool-down" if progress.segment else "schedule"
     elif _is_plateau(state, settings):
         _branch_to_cool_down(state, checkpoints, journal, train)
-        checkpoints.save(take_snapshot(state))  # a kill before it repeats the epoch, and branches again
+        clock.spend("other")
+        _save(state, checkpoints, epoch)  # a kill before it repeats the epoch, and branches again
     if progress.finished or checkpoints.is_due():
-        checkpoints.save(take_snapshot(state))
-        journal.emit("checkpoint", name=take_name(state))
+        _save(state, checkpoints, epoch)
+        journal.emit("checkpoint", name=take_name(state), saving_seconds=clock.spent("saving"))
+
+
+def _save(state: TrainState, checkpoints: Checkpoints, epoch: _Epoch, *, pinned: bool = False) -> None:
+    epoch.drain()
+    epoch.clock.spend("host")
+    checkpoints.save(take_snapshot(state, pinned=pinned))
+    epoch.clock.spend("saving")
 
 
 def take_name(state: TrainState) -> str:
@@ -173,8 +191,7 @@ def _branch_to_cool_down(state: TrainState, checkpoints: Checkpoints, journal: J
 
 
 def _save_and_stop(state: TrainState, checkpoints: Checkpoints, epoch: _Epoch, stop: StopFlag) -> None:
-    epoch.drain()
-    checkpoints.save(take_snapshot(state))
+    _save(state, checkpoints, epoch)
     raise Stopped(f"Stopped at step {state.step}, in epoch {state.progress.epoch + 1}.", exit_code=stop.exit_code,
                   kept=f"checkpoint {take_name(state)}", next="goodfit resume RUN")  # fmt: skip
 
@@ -210,31 +227,27 @@ def halve_micro_batch(state: TrainState, train: TrainingData, journal: Journal, 
 class _Epoch:
     """The records of the epoch in progress: each is read one step late, so that the device is never waited for."""
 
-    def __init__(self, state: TrainState, journal: Journal) -> None:
+    def __init__(self, state: TrainState, journal: Journal, clock: Clock) -> None:
         self._state = state
         self._journal = journal
+        self.clock = clock
         self._pending: StepRecord | None = None
         self._last_event = 0.0
-        self._began = self._mark = time.monotonic()
-        self._wait = 0.0
+        self._began = self._saved = 0.0
         self._samples = 0
 
     def start(self) -> None:
-        self._began = self._mark = time.monotonic()
-        self._wait, self._samples = 0.0, 0
-
-    def loaded(self) -> None:
-        """A group of micro-batches arrived: what passed since the last step was waiting for data."""
-        self._wait += time.monotonic() - self._mark
+        self._began = self.clock.spend("host")
+        self._saved = self.clock.spent("saving")
+        self._samples = 0
 
     def add(self, record: StepRecord) -> None:
         self.drain()
         self._pending = record
         self._samples += record.num_samples
-        self._mark = time.monotonic()
 
     def drain(self) -> None:
-        """Read the record that is waiting.
+        """Read the record that is waiting. A device that works beside the host shows here how long it took.
 
         Raises:
             TrainingError: too many steps in a row were not finite.
@@ -244,7 +257,10 @@ class _Epoch:
             return
         progress = self._state.progress
         self._journal.step, self._journal.segment = record.step, progress.segment
-        if bool(record.bad):
+        self.clock.spend("host")
+        bad = bool(record.bad)
+        self.clock.spend("step")
+        if bad:
             progress.bad_in_a_row += 1
             overflow = self._state.loss_scale.active and math.isfinite(float(record.loss))
             if not overflow:
@@ -265,11 +281,10 @@ class _Epoch:
                                rate=self._samples / max(1e-9, time.monotonic() - self._began))  # fmt: skip
 
     def finish(self, context: StepContext) -> dict[str, float]:
-        """Seconds of the epoch's training part, of them waiting for data, the rate, and peak memory so far (bytes)."""
-        seconds = time.monotonic() - self._began
+        """Seconds of the epoch's training part without what was saved in it, the rate, and peak memory so far (bytes)."""
+        seconds = self.clock.spend("host") - self._began - (self.clock.spent("saving") - self._saved)
         rate = self._samples / seconds if self._samples else 0.0
-        return {"train_seconds": seconds, "data_seconds": self._wait, "samples_per_second": rate,
-                "memory": context.device.peak_memory()}  # fmt: skip
+        return {"train_seconds": seconds, "samples_per_second": rate, "memory": context.device.peak_memory()}
 
 
 def _diverged(step: int, count: int) -> TrainingError:
