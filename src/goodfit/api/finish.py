@@ -172,6 +172,7 @@ def report_stage(run: Run, parts: Parts, journal: Journal, test: dict[str, Any],
             "training": f"{len(epochs)} epochs, {parts.state.progress.step} steps; the best state is that of epoch "
                         f"{best.get('epoch', 0) + 1}; {len(parts.state.progress.skipped)} updates left out.",
             "rate": rate(run), "seconds": stage_seconds(events), "commands": commands(run),
+            "checks": [c for e in events if e["event"] == "stage" for c in e.get("checks", ())],
             "versions": library_versions(),
         }  # fmt: skip
         write_report(run.path / "report.html", facts,

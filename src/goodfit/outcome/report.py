@@ -14,7 +14,8 @@ def write_report(target: Path, facts: dict[str, Any], pictures: dict[str, Path])
 
     Args:
         target: The HTML file.
-        facts: `name`, `data`, `findings`, `decisions`, `epochs`, `test`, `bundle`, `seconds`, `rate` and `commands`.
+        facts: `name`, `data`, `findings`, `decisions`, `epochs`, `test`, `bundle`, `seconds`, `rate`, `checks` (of the
+            rehearsal) and `commands`.
         pictures: PNG files by name, put into the page as data URIs.
 
     Raises:
