@@ -366,6 +366,7 @@ SOUND = {
     "ten greys": ("grey", 10, (16,), {"augment": "strong"}),
     "white paper": ("paper", 8, (16,), {"precision": "fp32", "augment": "light"}),
     "night": ("night", 5, (20,), {"optimizer": "sgd", "precision": "bf16", "erase": 0.3}),
+    "many batch norms": ("bars", 3, (20,), {"model": "mobilenetv2_050", "imgsz": 64}),
     "fine-tuning rate": ("bars", 3, (40,), {"lr": 1e-5, "head_lr": 1e-3}),
 }
 

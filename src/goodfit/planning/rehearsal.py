@@ -133,7 +133,7 @@ def _definite(
         plain = replace(context, transform=PlainTransform(context.transform))
         checks.append(check_learning_rate(_state(model, context, build_optimizer), plain, schedule, few))
     chance = float(context.task.describe()["chance_loss"])
-    checks.append(check_start(judged, context, material.batches[0], chance))
+    checks.append(check_start(model, context, material.batches[0], chance))
     return checks
 
 
