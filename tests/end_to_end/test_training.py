@@ -129,7 +129,8 @@ def test_the_state_before_the_decay_is_pinned(bars, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("asked", "check"), [({"lr": 0.0, "head_lr": 0.0}, "overfit"), ({"lr": 100.0, "head_lr": 100.0}, "overfit")]
+    ("asked", "check"),
+    [({"lr": 0.0, "head_lr": 0.0}, "learning rate: "), ({"lr": 100.0, "head_lr": 100.0}, "overfit a few samples: ")],
 )
 def test_the_rehearsal_stops_a_run_that_would_not_learn(bars, tmp_path, asked, check):
     with pytest.raises(TrainingError, match=check) as caught:

@@ -176,6 +176,7 @@ def report_stage(run: Run, parts: Parts, journal: Journal, test: dict[str, Any],
             "rate": rate(run), "seconds": stage_seconds(events), "commands": commands(run),
             "versions": library_versions(), "time": judge_time(run, parts).to_dict(),
             "projection": describe_outcome(**compare_projection(run)),
+            "checks": [c for e in events if e["event"] == "stage" for c in e.get("checks", ())],
         }  # fmt: skip
         write_report(run.path / "report.html", facts,
                      {"results": plots / "results.png", "confusion": plots / "confusion_matrix.png"})  # fmt: skip

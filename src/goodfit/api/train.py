@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from goodfit.api.assemble import Parts, assemble, execution, run_hashes
 from goodfit.api.finish import bundle_stage, final_test, load_best, picture_stage, report_stage, write_result
@@ -17,18 +20,25 @@ from goodfit.api.verdict import disk_stage, projection_stage, time_stage
 from goodfit.config.parse import read_request
 from goodfit.config.plan import Plan
 from goodfit.config.request import TrainRequest, options
-from goodfit.core.errors import DataError, GoodfitError, Stopped, StorageError
+from goodfit.core.errors import DataError, ExportError, GoodfitError, Stopped, StorageError
 from goodfit.core.journal import Journal, read_lines
 from goodfit.core.lock import run_lock
 from goodfit.core.safeio import read_json, write_json, write_text
 from goodfit.data.index import read_split, write_split
+from goodfit.data.loader import row_of
 from goodfit.engine.checkpoint import Checkpoints, restore
+from goodfit.engine.contracts import Micro
 from goodfit.engine.loop import fit, halve_micro_batch, is_out_of_memory
 from goodfit.engine.stop import StopFlag
 from goodfit.models.builder import build_network
-from goodfit.planning.rehearsal import rehearse
+from goodfit.outcome.export import TOLERANCE, traced_difference
+from goodfit.planning.rehearsal import Material, rehearse
 from goodfit.watch.metrics_file import MetricsFile
 from goodfit.watch.terminal import Terminal
+
+NUM_BATCHES = 4  # of training, for the rehearsal ...
+LOADING_SECONDS = 2.0  # ... as far as they are loaded by then
+NUM_SERVED = 16  # training samples that also go through the serving path, to be compared
 
 
 def train(data: str | Path | None = None, **asked: Any) -> Run:
@@ -115,16 +125,38 @@ def rehearsal_stage(parts: Parts, journal: Journal) -> None:
         while found is None:
             try:
                 found = rehearse(
-                    parts.state.model, parts.context, build_optimizer=parts.optimizer_for,
+                    parts.state.model, parts.context, schedule=parts.state.progress.schedule,
+                    build_optimizer=parts.optimizer_for, material=rehearsal_material(parts),
                     rebuild=lambda: build_network(parts.plan, len(parts.index.class_names))[0],
-                    few=parts.few_samples(), batch=parts.train.group(0, 0, parts.state.progress.num_micro),
+                    export=lambda model: export_problem(parts, model),
                 )  # fmt: skip
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
                 halve_micro_batch(parts.state, parts.train, journal, parts.context)
         note.text = f"{found.describe()} · {found.bare_rate:,.0f} img/s bare step"
-        note.fields = {"bare_rate": found.bare_rate}
+        note.fields = {"bare_rate": found.bare_rate, "checks": [check.to_dict() for check in found.checks]}
+
+
+def rehearsal_material(parts: Parts) -> Material:
+    """The samples that the rehearsal looks at; loading stops after two seconds, with one batch at least."""
+    start = time.monotonic()
+    batches: list[Sequence[Micro]] = []
+    for number in range(min(NUM_BATCHES, parts.train.steps_per_epoch)):
+        if batches and time.monotonic() - start > LOADING_SECONDS:
+            break
+        batches.append(parts.train.group(0, number * parts.train.batch, parts.state.progress.num_micro))
+    (served,) = parts.eval_loader(row_of(batches[0][0].samples)[:NUM_SERVED])
+    return Material(few=parts.few_samples(), batches=batches, served=served)
+
+
+def export_problem(parts: Parts, model: nn.Module) -> str:
+    """Why a model could not be exported after training; empty if it can be."""
+    try:
+        difference = traced_difference(model, parts.preprocessing, parts.few_samples().data["image"])
+    except ExportError as error:
+        return error.message
+    return "" if difference <= TOLERANCE else f"the traced network's outputs differ by {difference:.2g}"
 
 
 def continue_from(parts: Parts, checkpoints: Checkpoints, journal: Journal, events: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
 import statistics
@@ -72,6 +73,35 @@ def export_onnx(network: nn.Module, preprocessing: Preprocessing, path: Path) ->
     finally:
         exporter_log.setLevel(level)
     return wrapped
+
+
+def traced_difference(network: nn.Module, preprocessing: Preprocessing, pixels: torch.Tensor) -> float:
+    """Trace a copy of a network as the exporter does, and compare what the trace computes on a batch of another size.
+
+    The trace is where nearly all networks fail that cannot be exported, and takes a tenth of an export's time.
+
+    Args:
+        pixels: uint8, shape (N, 3, S, S).
+
+    Returns:
+        The largest difference, as a share of the largest logit, at least of 1.
+
+    Raises:
+        ExportError: the network cannot be traced.
+    """
+    wrapped = _WithNormalisation(copy.deepcopy(network).cpu().float(), preprocessing).eval()
+    size = preprocessing.size
+    example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+    try:
+        with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+            warnings.simplefilter("ignore")
+            traced = torch.export.export(
+                wrapped, (example,), dynamic_shapes={"image": {0: torch.export.Dim("batch", min=1)}}, strict=False
+            ).module()
+            expected, actual = wrapped(pixels.cpu()), traced(pixels.cpu())
+    except Exception as error:  # the tracer raises many kinds
+        raise ExportError(f"The network cannot be traced: {type(error).__name__}: {str(error)[:400]}") from error
+    return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1.0))
 
 
 def odd_files(source: bytes) -> dict[str, bytes]:

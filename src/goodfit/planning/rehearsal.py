@@ -1,96 +1,143 @@
 """A short rehearsal before the long run: does this model, with this data and these settings, learn at all?
 
-After Karpathy, "A Recipe for Training Neural Networks" (2019): the loss starts at chance, a handful of samples can be
-overfitted, and what is saved predicts the same when loaded. Works on copies: the run's own state is not touched.
+After Karpathy, "A Recipe for Training Neural Networks" (2019). The definite checks come first (checks.py, batches.py);
+where one of them fails, nothing is trained. Then come short trainings (trials.py) and the way to disk and back. All
+works on copies: model, optimizer and random state of the run are what they were.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from goodfit.core.errors import TrainingError
-from goodfit.engine.contracts import BatchTransform, Micro
+from goodfit.engine.contracts import Micro
 from goodfit.engine.schedule import Schedule
-from goodfit.engine.state import LossScale, Progress, TrainState, copy_buffers
-from goodfit.engine.step import StepContext, train_step
+from goodfit.engine.state import LossScale, Progress, TrainState
+from goodfit.engine.step import StepContext
+from goodfit.planning.batches import check_labels, check_normalisation
+from goodfit.planning.checks import (
+    Build,
+    Check,
+    check_evaluation,
+    check_gradients,
+    check_leak,
+    check_learning_rate,
+    check_loss,
+    check_outputs,
+    check_start,
+    check_target,
+    evaluating,
+)
+from goodfit.planning.trials import PlainTransform, check_blind, check_overfit, check_subset, overfit
 
-NUM_OVERFIT = 8
-MAX_OVERFIT_STEPS = 100
-REACHED = 0.1  # of the way from the start to the lowest possible loss that may be left
-FALLING = 0.75  # a loss below this share of the start after all steps still counts as learning
-CHANCE_BAND = (0.5, 1.5)  # times the chance level, for the loss at the start
-BARE_STEPS = 8
+SHOWN = ("loss at start", "overfit a few samples", "save, load, predict")  # in the terminal's line
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One check of the rehearsal: what was seen, and what it usually means when it fails."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Material:
+    """The samples that a rehearsal is made on.
 
-    name: str
-    passed: bool
-    evidence: str
-    meaning: str
+    Attributes:
+        few: Eight samples of several classes, through the serving path.
+        batches: The first batches of training, augmented, each as its micro-batches.
+        served: The first samples of the first micro-batch, through the serving path, in the same order.
+    """
+
+    few: Micro
+    batches: Sequence[Sequence[Micro]]
+    served: Micro
 
 
 @dataclass(frozen=True, slots=True)
 class Rehearsal:
-    """All checks, and the samples per second of the bare step on a batch in memory."""
+    """All checks, and the samples per second of the bare step on batches in memory."""
 
     checks: tuple[Check, ...]
     bare_rate: float
 
     def describe(self) -> str:
         """One line for the terminal."""
-        return " · ".join(check.evidence for check in self.checks)
-
-
-class _Plain:
-    """The evaluation transform in place of the training one: no augmentation while a few samples are overfitted."""
-
-    def __init__(self, transform: BatchTransform) -> None:
-        self._transform = transform
-
-    def train(self, batch: Any, **_keys: Any) -> Any:
-        return self._transform.evaluate(batch)
-
-    def evaluate(self, batch: Any) -> Any:
-        return self._transform.evaluate(batch)
+        shown = [check.evidence for check in self.checks if check.name in SHOWN]
+        return " · ".join([*shown, f"{len(self.checks)} checks"])
 
 
 def rehearse(
-    model: nn.Module, context: StepContext, *, build_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
-    rebuild: Callable[[], nn.Module], few: Micro, batch: Sequence[Micro],
+    model: nn.Module, context: StepContext, *, schedule: Schedule, build_optimizer: Build,
+    rebuild: Callable[[], nn.Module], export: Callable[[nn.Module], str], material: Material,
 ) -> Rehearsal:  # fmt: skip
     """Check that training can work, in some seconds.
 
     Args:
         model: The initialised model, on its device; it is copied.
+        schedule: The run's learning-rate schedule.
         build_optimizer: Makes the run's optimizer for a model.
         rebuild: Makes the model again, with other weights, to load into.
-        few: Eight samples of several classes, through the serving path.
-        batch: One augmented batch of training.
+        export: Tries to export a model; says what went wrong, nothing if it did not.
 
     Raises:
-        TrainingError: a check failed; the message says what that usually means.
+        TrainingError: a check failed; the message names each, with what was seen and what that usually means.
     """
-    card = context.task.describe()
-    start_loss = _start_loss(model, context, batch)
-    checks = [_check_start(start_loss, float(card["chance_loss"]))]
-    plain = replace(context, transform=_Plain(context.transform))
-    checks.append(_check_overfit(_state(model, context, build_optimizer), plain, few, float(card["lowest_loss"])))
-    checks.append(_check_round_trip(model, context, rebuild, few))
+    with torch.random.fork_rng():
+        checks = _definite(model, context, schedule, build_optimizer, material)
+        _stop_if_failed(checks)
+        lowest = float(context.task.describe()["lowest_loss"])
+        plain = replace(context, transform=PlainTransform(context.transform))
+        trained = _state(model, context, build_optimizer)
+        losses = overfit(trained, plain, material.few, lowest)
+        checks.append(check_overfit(losses, len(material.few.samples), lowest))
+        if math.isfinite(losses[-1]):
+            state = _state(model, context, build_optimizer)
+            checks.append(check_blind(state, context, material.few, losses, lowest))
+        _stop_if_failed(checks)
+        checks.append(_check_round_trip(trained.model, context, rebuild, material.few))
+        checks.append(_check_export(trained.model, export))
+        subset, bare_rate = check_subset(_state(model, context, build_optimizer), context, material.batches)
+        checks.append(subset)
+        _stop_if_failed(checks)
+    return Rehearsal(tuple(checks), bare_rate)
+
+
+def _definite(
+    model: nn.Module, context: StepContext, schedule: Schedule, build_optimizer: Build, material: Material
+) -> list[Check]:
+    """The checks without training, in float32 where they compare outputs. Those that only repeat what an earlier one
+    found are left out."""
+    micro, few = material.batches[0][0], material.few
+    num = len(few.samples)
+    precise = replace(context, device=replace(context.device, precision="fp32"))
+    judged = evaluating(model)
+    data = context.transform.evaluate(context.device.move(few.data))
+    augmented = context.transform.train(context.device.move(few.data), epoch=0, step=0, rank=0, micro=0,
+                                        samples=few.samples, closing=False)  # fmt: skip
+    checks = [
+        check_labels(micro, material.served, context),
+        check_normalisation(micro, context, len(material.served.samples)),
+        check_outputs(judged, precise, data),
+        check_target(judged, precise, data),
+        check_evaluation(judged, precise, data, num),
+    ]
+    if checks[-1].passed:
+        checks.append(check_leak(judged, precise, data, num))
+        checks.append(check_loss(judged, precise, (data, augmented), num))
+    checks.append(check_gradients(model, precise, build_optimizer, data))
+    if checks[-1].passed:
+        plain = replace(context, transform=PlainTransform(context.transform))
+        checks.append(check_learning_rate(_state(model, context, build_optimizer), plain, schedule, few))
+    chance = float(context.task.describe()["chance_loss"])
+    checks.append(check_start(model, context, material.batches[0], chance))
+    return checks
+
+
+def _stop_if_failed(checks: Sequence[Check]) -> None:
     failed = [c for c in checks if not c.passed]
     if failed:
         raise TrainingError(
@@ -98,71 +145,17 @@ def rehearse(
             kept="nothing was trained",
             next="; ".join(c.meaning for c in failed) + "; to go on nevertheless: rehearse=false",
         )
-    return Rehearsal(tuple(checks), _bare_rate(_state(model, context, build_optimizer), context, batch))
 
 
-def _state(
-    model: nn.Module, context: StepContext, build_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
-) -> TrainState:
+def _state(model: nn.Module, context: StepContext, build_optimizer: Build) -> TrainState:
     copied = copy.deepcopy(model)
     schedule = Schedule(kind="wsd", warmup_steps=0, stable_until=10**9, total_steps=10**9, lrf=0.0)
     scale = LossScale(context.device.torch_device, active=context.device.scales_loss)
     return TrainState(copied, build_optimizer(copied), None, scale, Progress(schedule))
 
 
-def _start_loss(model: nn.Module, context: StepContext, batch: Sequence[Micro]) -> float:
-    """The training loss of a batch before any update, in evaluation mode (dropout off)."""
-    total, count = 0.0, 0.0
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode():
-        for micro in batch:
-            data = context.transform.evaluate(context.device.move(micro.data))
-            with context.device.autocast():
-                terms = context.task.loss(model, data)
-            total += sum(float(s) for s, _ in terms.values())
-            count += max(float(c) for _, c in terms.values())
-    model.train(was_training)
-    return total / (count or 1.0)
-
-
-def _check_start(loss: float, chance: float) -> Check:
-    low, high = CHANCE_BAND
-    return Check(
-        "loss at start",
-        math.isfinite(loss) and low * chance <= loss <= high * chance,
-        f"loss at start {loss:.2f} (chance {chance:.2f})",
-        "a loss far from chance means a head that is not new, images of the wrong scale, or labels that do not fit",
-    )
-
-
-def _check_overfit(state: TrainState, context: StepContext, few: Micro, lowest: float) -> Check:
-    first = last = math.nan
-    steps = 0
-    for steps in range(1, MAX_OVERFIT_STEPS + 1):
-        record = train_step(state, context, [few], 1.0, copy_buffers(state.model))
-        last = float(record.loss)
-        first = last if steps == 1 else first
-        if not math.isfinite(last) or last <= lowest + REACHED * (first - lowest):
-            break
-    reached = math.isfinite(last) and last <= lowest + REACHED * (first - lowest)
-    falling = math.isfinite(last) and last - lowest <= FALLING * (first - lowest)
-    num = len(few.samples)
-    evidence = (
-        f"{num} images overfitted in {steps} steps"
-        if reached
-        else f"{num} images: loss {first:.2f} → {last:.2f} in {steps} steps"
-    )
-    return Check(
-        "overfit a few samples",
-        reached or falling,
-        evidence,
-        "a model that cannot fit eight samples has a learning rate of zero or far too high or low, frozen weights, or "
-        "labels that do not belong to the images",
-    )
-
-
 def _check_round_trip(model: nn.Module, context: StepContext, rebuild: Callable[[], nn.Module], few: Micro) -> Check:
+    """Weights that were trained for some steps predict the same after the way to disk and into a new model."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, str(path))
@@ -171,11 +164,9 @@ def _check_round_trip(model: nn.Module, context: StepContext, rebuild: Callable[
     batch = context.transform.evaluate(context.device.move(few.data))
     outputs = []
     for network in (model, context.device.place(other)):
-        was_training = network.training
         network.eval()
         with torch.inference_mode(), context.device.autocast():
             outputs.append(context.task.predict(network, batch))
-        network.train(was_training)
     same = torch.equal(outputs[0], outputs[1])
     return Check(
         "save, load, predict",
@@ -185,13 +176,11 @@ def _check_round_trip(model: nn.Module, context: StepContext, rebuild: Callable[
     )
 
 
-def _bare_rate(state: TrainState, context: StepContext, batch: Sequence[Micro]) -> float:
-    """Samples per second of the training step alone, on a batch in memory: median of 8 steps after 2."""
-    seconds = []
-    for number in range(BARE_STEPS + 2):
-        start = time.perf_counter()
-        record = train_step(state, context, batch, 0.0, copy_buffers(state.model))
-        float(record.loss)  # waits for the device
-        if number >= 2:
-            seconds.append(time.perf_counter() - start)
-    return sum(len(micro.samples) for micro in batch) / statistics.median(seconds)
+def _check_export(model: nn.Module, export: Callable[[nn.Module], str]) -> Check:
+    problem = export(model)
+    return Check(
+        "export",
+        not problem,
+        problem or "the network can be traced, and its trace computes the same",
+        "the network decides in Python by the values or the number of its inputs, or uses what cannot be exported",
+    )
