@@ -39,7 +39,7 @@ def test_it_finds_ways_and_sizes_touches_nothing_and_is_remembered(prepared, tmp
     assert names[:2] == [("fp32", False), ("fp32", True)] and all(s.seconds > 0 for s in found.steps)
     assert found.steps[0].gradient_gap == 0 and found.steps[1].gradient_gap < 1e-4
     assert all(0 < s.gradient_gap < 0.5 for s in found.steps if s.precision != "fp32")
-    assert [b.batch for b in found.batches] == [16] and found.batches[0].memory > 10**8
+    assert [b.batch for b in found.batches] == [16] and found.batches[0].memory > 10**7
     again = measure(request, plan, audited.index, rows, find_machine("cpu"))
     assert again == found  # from the file: seconds of two measurements are never equal
     other = measure(

@@ -160,6 +160,7 @@ def _ask(folder: Path, ask: dict[str, Any]) -> list[dict[str, Any]]:
 def answer(folder: Path, ask: dict[str, Any]) -> Iterator[StepCost | BatchCost]:
     """What the process of its own does: build the training step of the plan, and time it."""
     from goodfit.api.assemble import assemble_step, assemble_task, execution
+    from goodfit.engine.device import DevicePolicy
     from goodfit.engine.ranks import Ranks
     from goodfit.planning.measure import measure_batches, measure_executions, timed_step
 
@@ -180,6 +181,7 @@ def answer(folder: Path, ask: dict[str, Any]) -> Iterator[StepCost | BatchCost]:
         return assemble_step(_executed(plan, precision, channels_last), task, steps_per_epoch, Ranks())[:2]
 
     with execution(plan):
+        held = DevicePolicy(kind=plan.device.value, precision="fp32", channels_last=False).peak_memory()
         if "ways" in ask:
             group = group_of(plan.batch.value)
             state, context = build(plan.precision.value, plan.channels_last.value)
@@ -190,7 +192,7 @@ def answer(folder: Path, ask: dict[str, Any]) -> Iterator[StepCost | BatchCost]:
             yield from measure_executions(build, group, ask["ways"], seconds)
         else:
             state, context = build(plan.precision.value, plan.channels_last.value)
-            yield from measure_batches(state, context, group_of, ask["sizes"], ask["memory"], MAX_SECONDS / 2)
+            yield from measure_batches(state, context, group_of, ask["sizes"], ask["memory"], MAX_SECONDS / 2, held)
 
 
 def _limit_memory(num_bytes: int) -> None:

@@ -27,12 +27,16 @@ def disk_stage(folder: Path, parts: Parts) -> None:
 
 
 def project_run(parts: Parts, rate: float) -> Projection:
-    """The projection of a run from its parts and the bare step's samples per second; 0 if that is unknown."""
+    """The projection of a run from its parts and the bare step's samples per second; 0 if that is unknown.
+
+    Once the rehearsal gave that rate, the memory is its peak: it took the run's own steps, with its pictures in place.
+    """
     model = parts.state.model
     return project(
         parts.plan, num_val=len(parts.val.rows), steps_per_epoch=parts.train.steps_per_epoch,
         num_parameters=sum(p.numel() for p in model.parameters()), num_buffers=sum(b.numel() for b in model.buffers()),
         bare_rate=rate, cache=parts.store.num_bytes,
+        memory=parts.context.device.peak_memory() if rate else None,
     )  # fmt: skip
 
 

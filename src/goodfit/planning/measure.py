@@ -70,7 +70,7 @@ def measure_executions(
 
 def measure_batches(
     state: TrainState, context: StepContext, group_of: Callable[[int], Sequence[Micro]], sizes: Sequence[int],
-    memory: int, seconds: float,
+    memory: int, seconds: float, held: int = 0,
 ) -> Iterator[BatchCost]:  # fmt: skip
     """Time the step at growing batch sizes until memory, time or the gain ends.
 
@@ -78,6 +78,7 @@ def measure_batches(
         group_of: A batch of so many samples.
         sizes: Upwards; memory is the most that was held so far, so the order matters.
         memory: Bytes that may be taken; the first size over it is the last one tried.
+        held: Bytes that the process held before anything was built.
         seconds: After this many no further size is begun.
     """
     start, best, below = time.monotonic(), 0.0, 0
@@ -93,7 +94,7 @@ def measure_batches(
             steps: list[float] = []
             while len(steps) < MIN_STEPS or (len(steps) < MAX_STEPS and time.monotonic() - began < SECONDS_PER_SIZE):
                 steps.append(timed_step(state, context, group))
-            cost = replace(cost, seconds=statistics.median(steps), memory=context.device.peak_memory())
+            cost = replace(cost, seconds=statistics.median(steps), memory=max(0, context.device.peak_memory() - held))
         except RuntimeError as error:
             yield replace(cost, problem=_reason(error))
             return
