@@ -66,3 +66,7 @@ def test_measurements_survive_their_file_form():
     found = Measured(batch=32, steps=(PLAIN, HALF), batches=SIZES, memory=GB, seconds=3.0)
     assert Measured.from_dict(found.to_dict()) == found
     assert [line.split()[0] for line in found.table()] == ["fp32", "bf16", "batch", "batch", "batch", "batch"]
+
+
+def test_nothing_measured_is_said():
+    assert Measured(batch=32).table() == ["nothing could be measured: rules decide"]

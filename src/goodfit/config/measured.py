@@ -73,7 +73,7 @@ class Measured:
 
     def table(self) -> list[str]:
         """Lines for people: every way to execute the step, and every batch size."""
-        lines = []
+        lines = [] if self.steps else ["nothing could be measured: rules decide"]
         for step in self.steps:
             speed = f"{self.batch / step.seconds:,.0f} img/s" if step.seconds else step.problem
             gap = f"   gradient {100 * step.gradient_gap:.1f} % off fp32" if step.gradient_gap else ""
