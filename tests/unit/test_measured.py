@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from goodfit.config.execution import batch_candidates
+from goodfit.config.execution import batch_candidates, matching
 from goodfit.config.measured import (
     BatchCost,
     Measured,
@@ -14,6 +14,7 @@ from goodfit.config.measured import (
     explain_batch,
     explain_execution,
 )
+from goodfit.config.plan import Decision
 
 PLAIN = StepCost(precision="fp32", channels_last=False, seconds=0.2)
 LAST = StepCost(precision="fp32", channels_last=True, seconds=0.16)
@@ -27,6 +28,13 @@ def test_the_fastest_way_that_agrees_with_fp32_is_taken():
     assert best_execution([PLAIN, replace(HALF, loss_gap=0.1)]) is PLAIN
     assert best_execution([PLAIN, replace(HALF, problem="out of memory")]) is PLAIN
     assert best_execution([replace(PLAIN, problem="x")]) is None and best_execution([]) is None
+
+
+def test_what_was_asked_limits_the_ways():
+    asked, free = Decision("fp32", "", "asked"), Decision("bf16", "", "rule")
+    assert matching([PLAIN, LAST, HALF], asked, Decision(True, "", "rule")) == [PLAIN, LAST]
+    assert matching([PLAIN, LAST, HALF], free, Decision(True, "", "asked")) == [LAST, HALF]
+    assert matching([PLAIN, LAST, HALF], asked, Decision(False, "", "asked")) == [PLAIN]
 
 
 def test_lower_precision_must_be_worth_it():

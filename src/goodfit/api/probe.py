@@ -23,11 +23,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from goodfit.config.execution import batch_candidates
+from goodfit.config.execution import batch_candidates, matching
 from goodfit.config.facts import MachineFacts
 from goodfit.config.measured import MEMORY_SHARE, BatchCost, Measured, StepCost, best_execution
 from goodfit.config.plan import Decision, Plan
 from goodfit.config.request import TrainRequest
+from goodfit.core.errors import StorageError
 from goodfit.core.places import cache_folder
 from goodfit.core.safeio import read_json, write_json
 from goodfit.data.index import DatasetIndex
@@ -65,13 +66,13 @@ def measure(
         What was found. Nothing, if no process came far enough.
     """
     memory = int((request.memory or MEMORY_SHARE) * machine.free_memory)
-    key = _key(plan, index, len(rows), machine, memory)
+    key = _key(plan, index, len(rows), machine)
     kept = cache_folder() / FORMAT / f"{key}.json"
     if kept.is_file() and request.measure is None:
-        try:
-            return Measured.from_dict(read_json(kept))
-        except (KeyError, TypeError, ValueError):
-            pass  # written by another version: measured again
+        with contextlib.suppress(KeyError, TypeError, ValueError, StorageError):  # damaged: measured again
+            earlier = Measured.from_dict(read_json(kept))
+            if not _ended_by_memory(earlier) or memory <= 1.1 * earlier.memory:
+                return replace(earlier, memory=memory)
     start = time.monotonic()
     ask = {"class_names": list(index.class_names), "counts": np.bincount(index.targets[rows]).tolist(),
            "memory": memory, "num_train": len(rows)}  # fmt: skip
@@ -81,7 +82,7 @@ def measure(
         _write_batch(folder, plan, index, chosen)
         ways = ways_to_execute(plan, machine)
         steps = tuple(StepCost(**f) for f in _ask(folder, {**ask, "ways": ways, "plan": plan.to_dict()}))
-        best = best_execution(steps)
+        best = best_execution(matching(steps, plan.precision, plan.channels_last))
         batches: tuple[BatchCost, ...] = ()
         if best is not None and plan.batch.source != "asked":
             way = _executed(plan, best.precision, best.channels_last)
@@ -90,8 +91,9 @@ def measure(
     found = Measured(batch=plan.batch.value, steps=steps, batches=batches, memory=memory,
                      seconds=time.monotonic() - start)  # fmt: skip
     if best is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_json(kept, found.to_dict())
+        with contextlib.suppress(OSError, StorageError):  # a cache: what was measured serves this run without it
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_json(kept, found.to_dict())
     return found
 
 
@@ -108,14 +110,20 @@ def _executed(plan: Plan, precision: str, channels_last: bool) -> Plan:
     return replace(plan, precision=Decision(precision, "", "rule"), channels_last=Decision(channels_last, "", "rule"))
 
 
-def _key(plan: Plan, index: DatasetIndex, num_train: int, machine: MachineFacts, memory: int) -> str:
-    """What the measurements depend on: the step, the machine, the versions, and the memory to a gigabyte."""
+def _ended_by_memory(found: Measured) -> bool:
+    """Whether larger batches were left out for want of memory, which may be there now."""
+    return any(b.problem or b.memory > found.memory for b in found.batches)
+
+
+def _key(plan: Plan, index: DatasetIndex, num_train: int, machine: MachineFacts) -> str:
+    """What the measurements depend on: the step, the machine and the versions."""
     names = ("model", "imgsz", "optimizer", "ema", "augment", "mixup", "cutmix", "erase", "dropout", "drop_path",
              "balance", "label_smoothing", "clip", "device", "threads", "batch", "accumulate", "pretrained")  # fmt: skip
     parts = {name: getattr(plan, name).value for name in names}
     versions = [metadata.version(name) for name in ("torch", "timm")]
-    text = json.dumps([parts, plan.batch.source, len(index.class_names), batch_candidates(num_train),
-                       machine.device_name, machine.num_cores, memory >> 30, versions])  # fmt: skip
+    asked = [getattr(plan, n).value for n in ("precision", "channels_last") if getattr(plan, n).source == "asked"]
+    text = json.dumps([parts, asked, plan.batch.source, len(index.class_names), batch_candidates(num_train),
+                       machine.device_name, machine.num_cores, versions])  # fmt: skip
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -141,20 +149,14 @@ def _ask(folder: Path, ask: dict[str, Any]) -> list[dict[str, Any]]:
         process.kill()
     found = []
     for line in output.splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue  # cut off when the process died, or a library's own words
-    if (
-        process.returncode
-        and "sizes" in ask
-        and len(found) < len(ask["sizes"])
-        and not any(f["problem"] for f in found)
-    ):
-        found.append(
-            asdict(BatchCost(batch=ask["sizes"][len(found)], problem="the process died, most likely of memory"))
-        )
-    return [f for f in found if isinstance(f, dict)]
+        with contextlib.suppress(ValueError):  # cut off when the process died, or a library's own words
+            made = json.loads(line)
+            if isinstance(made, dict) and "problem" in made:
+                found.append(made)
+    left = ask.get("sizes", ())[len(found) :]
+    if process.returncode and left and not any(f["problem"] for f in found):
+        found.append(asdict(BatchCost(batch=left[0], problem="the process died, most likely of memory")))
+    return found
 
 
 def answer(folder: Path, ask: dict[str, Any]) -> Iterator[StepCost | BatchCost]:

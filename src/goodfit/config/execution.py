@@ -126,8 +126,7 @@ def _arithmetic(
     channels_last = choose("channels_last", last, "faster convolutions" if last else "slower on this device")
     steps = measured.steps if measured is not None else ()
     free = {"precision": precision.source != "asked", "channels_last": channels_last.source != "asked"}
-    best = best_execution([s for s in steps if (free["precision"] or s.precision == precision.value)
-                           and (free["channels_last"] or s.channels_last == channels_last.value)])  # fmt: skip
+    best = best_execution(matching(steps, precision, channels_last))
     if best is None:
         return precision, channels_last
     why = explain_execution(steps, best)
@@ -137,6 +136,16 @@ def _arithmetic(
         channels_last = choose("channels_last", best.channels_last, why if not free["precision"] else
                                f"with precision, {1e3 * best.seconds:.0f} ms a step", "measured")  # fmt: skip
     return _warned(precision, channels_last, steps, best)
+
+
+def matching(steps: Sequence[StepCost], precision: Decision[str], channels_last: Decision[bool]) -> list[StepCost]:
+    """The ways that keep what was asked for."""
+    return [
+        step
+        for step in steps
+        if (precision.source != "asked" or step.precision == precision.value)
+        and (channels_last.source != "asked" or step.channels_last == channels_last.value)
+    ]
 
 
 def _warned(
