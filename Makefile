@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DATA ?= ../shared/data
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench peers clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -30,6 +30,17 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/loader.py $(DATA)/classify/cifar10/cifar10.zip --size 32 --rounds 3 --seconds 1
 	$(BIN)/python benchmarks/step_share.py $(DATA)/classify/trashnet/dataset-resized
 	$(BIN)/python benchmarks/first_run.py
+	$(MAKE) peers
+
+# The other systems, in an environment of their own (5.5 GB), beside goodfit: half an hour on two cores.
+.venv-peers/installed: benchmarks/peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --upgrade pip
+	.venv-peers/bin/python -m pip install --quiet -r benchmarks/peers.txt
+	touch $@
+
+peers: .venv/installed .venv-peers/installed
+	$(BIN)/python benchmarks/peers.py $(DATA)/classify/trashnet/dataset-resized --peers $(CURDIR)/.venv-peers/bin/python
 
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv .venv-peers build dist

@@ -1,199 +1,156 @@
-"""Training speed of other systems on the same pictures: resnet18 from scratch, 128 px, batch 32, two loader processes.
+"""goodfit beside the systems that people use now: the same pictures, model, size and batch, each with its defaults.
 
-    python benchmarks/peers.py FOLDER NAME...      NAME: bare plain lightning lightning-bf16 trainer fastai ultralytics
+    python benchmarks/peers.py FOLDER --peers PYTHON [--rounds 3] [--only NAME...]
 
-Needs an environment of its own with torch, torchvision, lightning, transformers, accelerate, fastai and ultralytics; goodfit
-is not needed. FOLDER holds one folder per class. Prints samples per second of the second epoch's training part, and the bare
-step in bf16 with channels-last beside it, measured right before: shares of it can be compared between machines.
+FOLDER holds one folder per class. PYTHON is the interpreter of an environment with benchmarks/peers.txt installed (`make
+bench` makes one). Every system trains resnet18 from scratch for three epochs, 128 px, batch 32, in a process of its own,
+one after the other, the order turned in every round. Per system: images per second of the training part (epochs two and
+three), whole-process seconds to the end of the third epoch, and peak memory of the process with its children
+(proportional set size, so that pages which they share count once).
+
+"ratio" is goodfit's rate over the system's within a round. "equal" compares at equal precision and memory format: what
+the system does by default, plain fp32, with goodfit told to do so too (`goodfit-plain`), and bf16 with channels-last
+(names ending in -half) with goodfit's own choice.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torchvision
-from torch import nn
+import psutil
 
-SIZE, BATCH, WORKERS = 128, 32, 2
-
-
-def network(classes: int = 6) -> nn.Module:
-    return torchvision.models.resnet18(num_classes=classes)
+SIZE, BATCH, EPOCHS = 128, 32, 3
+NAMES = ("goodfit", "plain", "lightning", "trainer", "fastai", "ultralytics", "goodfit-plain", "plain-half",
+         "lightning-half", "trainer-half")  # fmt: skip
+SAMPLE_SECONDS = 1.0
 
 
-def pictures(folder: Path) -> torchvision.datasets.ImageFolder:
-    from torchvision import transforms as t
+@dataclass(frozen=True)
+class Found:
+    """What one training took: images per second, seconds to the end of the third epoch and of all, peak bytes."""
 
-    steps = [t.RandomResizedCrop(SIZE), t.RandomHorizontalFlip(), t.ToTensor(),
-             t.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]  # fmt: skip
-    return torchvision.datasets.ImageFolder(str(folder), t.Compose(steps))
-
-
-def loader(folder: Path) -> torch.utils.data.DataLoader[Any]:
-    return torch.utils.data.DataLoader(pictures(folder), BATCH, shuffle=True, num_workers=WORKERS, drop_last=True,
-                                       persistent_workers=True)  # fmt: skip
+    rate: float
+    seconds: float
+    whole: float
+    memory: int
 
 
-def bare(_folder: Path | None = None, steps: int = 12) -> float:
-    model = network().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    x = torch.randn(BATCH, 3, SIZE, SIZE).contiguous(memory_format=torch.channels_last)
-    y = torch.randint(0, 6, (BATCH,))
-    seconds = []
-    for _ in range(steps):
-        start = time.perf_counter()
-        optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = nn.functional.cross_entropy(model(x), y)
-        loss.backward()
-        optimizer.step()
-        seconds.append(time.perf_counter() - start)
-    return BATCH / statistics.median(seconds[2:])
+def make_folder(source: Path, folder: Path) -> None:
+    """train, val and test of 70, 15 and 15 %, so that all systems see the same pictures."""
+    for kind in sorted(p for p in source.iterdir() if p.is_dir()):
+        for number, file in enumerate(sorted(kind.iterdir())):
+            split = "train" if number % 20 < 14 else "val" if number % 20 < 17 else "test"
+            (folder / split / kind.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, folder / split / kind.name)
 
 
-def plain(folder: Path) -> float:
-    model, data = network(), loader(folder)
-    optimizer = torch.optim.AdamW(model.parameters())
-    for _ in range(2):
-        start, count = time.perf_counter(), 0
-        for x, y in data:
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
-            count += len(x)
-    return count / (time.perf_counter() - start)
+def run(command: list[str], folder: Path) -> tuple[str, float, float, int]:
+    """Run a command; its output, when it started, its seconds, and the peak memory of its processes together."""
+    environment = {**os.environ, "YOLO_CONFIG_DIR": str(folder), "MPLBACKEND": "agg", "YOLO_OFFLINE": "true",
+                   "HF_HUB_OFFLINE": "1"}  # fmt: skip
+    start = time.time()
+    with open(folder / "output.txt", "w+", encoding="utf-8") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=folder, env=environment)
+        peak, done = [0], threading.Event()
+        watch = threading.Thread(target=_watch, args=(process.pid, peak, done))
+        watch.start()
+        code = process.wait()
+        seconds = time.time() - start
+        done.set()
+        watch.join()
+        output.seek(0)
+        text = output.read()
+    if code:
+        raise RuntimeError(f"{command}: exit {code}\n{text[-3000:]}")
+    return text, start, seconds, peak[0]
 
 
-def lightning(folder: Path, precision: str = "32-true") -> float:
-    import lightning as pl
+def _watch(pid: int, peak: list[int], done: threading.Event) -> None:
+    while not done.wait(SAMPLE_SECONDS):
+        total = 0
+        try:
+            for process in (root := psutil.Process(pid), *psutil.Process.children(root, recursive=True)):
+                total += process.memory_full_info().pss
+        except psutil.Error:
+            continue
+        peak[0] = max(peak[0], total)
 
-    class Module(pl.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = network()
 
-        def training_step(self, batch: Any, _: int) -> Any:
-            return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
-
-        def configure_optimizers(self) -> Any:
-            return torch.optim.AdamW(self.parameters())
-
-        def on_train_epoch_start(self) -> None:
-            self.start = time.perf_counter()
-
-        def on_train_epoch_end(self) -> None:
-            self.seconds = time.perf_counter() - self.start
-
-    module, data = Module(), loader(folder)
+def measure(name: str, data: Path, peers: str) -> Found:
+    """One training of one system."""
     with tempfile.TemporaryDirectory() as made:
-        pl.Trainer(max_epochs=2, accelerator="cpu", precision=precision, default_root_dir=made, logger=False,
-                   enable_checkpointing=False, enable_progress_bar=False).fit(module, data)  # fmt: skip
-    return len(data) * BATCH / module.seconds
-
-
-def trainer(folder: Path) -> float:
-    from transformers import Trainer, TrainerCallback, TrainingArguments
-
-    class Wrapped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = network()
-
-        def forward(self, pixel_values: Any, labels: Any) -> Any:
-            logits = self.model(pixel_values)
-            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
-
-    class Clock(TrainerCallback):
-        def on_epoch_begin(self, *_: Any, **__: Any) -> None:
-            self.start = time.perf_counter()
-
-        def on_epoch_end(self, *_: Any, **__: Any) -> None:
-            self.seconds = time.perf_counter() - self.start
-
-    def collate(rows: Any) -> Any:
-        return {"pixel_values": torch.stack([r[0] for r in rows]), "labels": torch.tensor([r[1] for r in rows])}
-
-    clock, data = Clock(), pictures(folder)
-    with tempfile.TemporaryDirectory() as made:
-        arguments = TrainingArguments(made, per_device_train_batch_size=BATCH, num_train_epochs=2, use_cpu=True,
-                                      dataloader_num_workers=WORKERS, dataloader_drop_last=True, report_to=[],
-                                      save_strategy="no", disable_tqdm=True, remove_unused_columns=False)  # fmt: skip
-        Trainer(Wrapped(), arguments, train_dataset=data, data_collator=collate, callbacks=[clock]).train()
-    return len(data) // BATCH * BATCH / clock.seconds
-
-
-def fastai(folder: Path) -> float:
-    from fastai.vision.all import Callback, ImageDataLoaders, RandomResizedCrop, resnet18, vision_learner
-
-    class Clock(Callback):
-        def before_train(self) -> None:
-            self.start = time.perf_counter()
-
-        def after_train(self) -> None:
-            self.seconds = time.perf_counter() - self.start
-
-    data = ImageDataLoaders.from_folder(folder, valid_pct=0.02, item_tfms=RandomResizedCrop(SIZE), bs=BATCH,
-                                        num_workers=WORKERS, device="cpu")  # fmt: skip
-    clock = Clock()
-    learner = vision_learner(data, resnet18, pretrained=False, cbs=[clock])
-    learner.unfreeze()
-    with learner.no_bar(), learner.no_logging():
-        learner.fit(2)
-    return len(data.train) * BATCH / clock.seconds
-
-
-def ultralytics(folder: Path) -> float:
-    import ultralytics as ultralytics_package
-    from ultralytics import YOLO
-
-    times: list[float] = []
-    with tempfile.TemporaryDirectory() as made:
-        root = Path(made) / "data"
-        shutil.copytree(folder, root / "train")
-        for kind in sorted(p for p in folder.iterdir() if p.is_dir()):
-            (root / "val" / kind.name).mkdir(parents=True)
-            shutil.copy(sorted(kind.iterdir())[0], root / "val" / kind.name)
-        drawing = Path(ultralytics_package.__file__).parent / "cfg/models/11/yolo11-cls-resnet18.yaml"
-        own = Path(made) / drawing.name
-        own.write_text(drawing.read_text().replace("DEFAULT", "None"))  # from scratch, as the others
-        model = YOLO(str(own))
-        model.add_callback("on_train_epoch_start", lambda _: times.append(time.perf_counter()))
-        model.add_callback("on_train_epoch_end", lambda _: times.append(time.perf_counter()))
-        model.train(data=str(root), epochs=2, imgsz=SIZE, batch=BATCH, workers=WORKERS, device="cpu", project=made,
-                    plots=False, verbose=False, val=False)  # fmt: skip
-        count = sum(1 for _ in (root / "train").rglob("*.jpg"))
-    return count / (times[3] - times[2])
-
-
-RUNS = {"bare": bare, "plain": plain, "lightning": lightning, "lightning-bf16": lambda f: lightning(f, "bf16-mixed"),
-        "trainer": trainer, "fastai": fastai, "ultralytics": ultralytics}  # fmt: skip
+        out = Path(made)
+        if not name.startswith("goodfit"):
+            system = [peers, str(Path(__file__).with_name("peer_systems.py")), name, str(data), made]
+            text, start, whole, memory = run(system, out)
+            told = json.loads(text.strip().splitlines()[-1])
+            epochs, end = told["epochs"], told["at"]
+        else:
+            asked = ["precision=fp32", "channels_last=false"] if name == "goodfit-plain" else []
+            command = [sys.executable, "-m", "goodfit", "train", str(data), "model=resnet18", "pretrained=false",
+                       f"imgsz={SIZE}", f"batch={BATCH}", f"epochs={EPOCHS}", "max_bad=0.05", f"project={made}",
+                       "name=run", *asked]  # fmt: skip
+            _, start, whole, memory = run(command, out)
+            lines = (out / "run/events.jsonl").read_text("utf-8").splitlines()
+            events: list[dict[str, Any]] = [e for e in map(json.loads, lines) if e["event"] == "epoch"]
+            epochs, end = [(e["samples"], e["train_seconds"]) for e in events], events[-1]["time"]
+    assert len(epochs) == EPOCHS, (name, epochs)
+    later = epochs[1:]
+    return Found(sum(n for n, _ in later) / sum(s for _, s in later), end - start, whole, memory)
 
 
 def main() -> None:
-    """Print a line per system, each measured in a process of its own: some leave threads or settings behind."""
-    folder, names = Path(sys.argv[1]), sys.argv[2:] or list(RUNS)
-    if len(names) > 1:
-        for name in names:
-            done = subprocess.run(
-                [sys.executable, __file__, str(folder), name], capture_output=True, text=True, check=False
-            )
-            print(
-                done.stdout.strip().splitlines()[-1] if done.returncode == 0 else f"{name}: {done.stderr[-2000:]}",
-                flush=True,
-            )
-        return
-    (name,) = names
-    speed = bare()
-    found = RUNS[name](folder)
-    print(f"{name:<16}{found:6.1f} img/s, bare step {speed:.1f} just before: {100 * found / speed:.0f} %", flush=True)
+    """Print each training as it ends, and the table of medians and ranges."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--peers", required=True)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
+    asked = parser.parse_args()
+    names = list(asked.only)
+    found: dict[str, list[Found]] = {name: [] for name in names}
+    with tempfile.TemporaryDirectory() as made:
+        make_folder(asked.folder, Path(made))
+        for number in range(asked.rounds):
+            turn = number * len(names) // asked.rounds
+            for name in names[turn:] + names[:turn]:
+                one = measure(name, Path(made), asked.peers)
+                found[name].append(one)
+                print(f"round {number + 1}  {name:<16}{one.rate:7.1f} img/s  {one.seconds:6.1f} s to the third epoch's end, "
+                      f"{one.whole:6.1f} s in all  {one.memory / 1e9:4.1f} GB", flush=True)  # fmt: skip
+    print_table(found)
+
+
+def print_table(found: dict[str, list[Found]]) -> None:
+    """Medians over the rounds, ratios within a round with their range."""
+
+    def ratio(over: str, name: str) -> str:
+        if over not in found or over == name:
+            return "-"
+        values = [a.rate / b.rate for a, b in zip(found[over], found[name], strict=True)]
+        return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+
+    print(
+        "\n| system | img/s (range) | ratio | equal | s to 3 epochs | s in all | memory GB |\n|---|---|---|---|---|---|---|"
+    )
+    for name, rows in found.items():
+        rates = [r.rate for r in rows]
+        equal = "goodfit" if name.endswith("-half") else "goodfit-plain" if not name.startswith("goodfit") else name
+        print(f"| {name} | {statistics.median(rates):.1f} ({min(rates):.1f}-{max(rates):.1f}) | {ratio('goodfit', name)} | "
+              f"{ratio(equal, name)} | {statistics.median(r.seconds for r in rows):.0f} | "
+              f"{statistics.median(r.whole for r in rows):.0f} | {statistics.median(r.memory for r in rows) / 1e9:.1f} |")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from goodfit.api.assemble import assemble, execution
-from goodfit.api.prepare import decide, read_and_audit
+from goodfit.api.decide import decide
+from goodfit.api.prepare import read_and_audit
 from goodfit.api.train import cache_stage
 from goodfit.config.parse import read_request
 from goodfit.core.journal import Journal

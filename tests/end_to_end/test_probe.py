@@ -1,14 +1,16 @@
 """Measuring before the plan, in real processes."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
 
-from goodfit.api.prepare import decide, read_and_audit
-from goodfit.api.probe import _ask, measure, wants_measuring
+from goodfit.api import probe
+from goodfit.api.decide import decide
+from goodfit.api.prepare import read_and_audit
+from goodfit.api.probe import ask_child, measure, wants_measuring
 from goodfit.config.parse import parse_request
 from goodfit.core.journal import Journal
 from goodfit.data.split import subset
@@ -29,7 +31,7 @@ def prepared(make_images, tmp_path, monkeypatch):
     return make
 
 
-def test_it_finds_ways_and_sizes_touches_nothing_and_is_remembered(prepared, tmp_path):
+def test_it_finds_ways_and_sizes_touches_nothing_and_is_remembered(prepared, tmp_path, monkeypatch):
     request, audited, plan, rows = prepared()
     torch.manual_seed(3)
     before = torch.get_rng_state()
@@ -45,37 +47,69 @@ def test_it_finds_ways_and_sizes_touches_nothing_and_is_remembered(prepared, tmp
     poorer = replace(machine, free_memory=machine.free_memory // 2)
     again = measure(request, plan, audited.index, rows, poorer)
     assert again == replace(found, memory=again.memory) and again.memory < found.memory
+    asked = []
+    steps = [asdict(s) for s in found.steps]
+    monkeypatch.setattr(
+        probe, "ask_child", lambda folder, ask, *_: asked.append(ask["what"]) or steps * (len(asked) == 1)
+    )
+    assert measure(request, plan, audited.index, rows, machine).steps == found.steps and asked == []
     for file in (tmp_path / "cache").rglob("*.json"):
         file.write_text("{")  # damaged: measured again, not an error
-    assert measure(request, plan, audited.index, rows, machine).steps != found.steps
-    other = measure(request, replace(plan, imgsz=replace(plan.imgsz, value=64)), audited.index, rows, machine)
-    assert other.steps != found.steps
+    assert measure(request, plan, audited.index, rows, machine).steps == found.steps and asked[:2] == ["ways", "sizes"]
+    asked.clear()
+    measure(request, replace(plan, imgsz=replace(plan.imgsz, value=64)), audited.index, rows, machine)
+    assert asked[:2] == ["ways", "sizes"]  # another step is measured for itself
 
 
 def test_the_plan_takes_what_was_measured_and_never_overrules_what_was_asked(prepared):
-    request, audited, _, _ = prepared(measure=True)
-    plan = decide(request, audited, Journal(None, ()))
-    assert plan.precision.source == plan.batch.source == "measured" and plan.measured is not None
     request, audited, _, _ = prepared(measure=True, precision="fp32", batch=24)
     plan = decide(request, audited, Journal(None, ()))
     assert (plan.precision.value, plan.precision.source, plan.batch.value) == ("fp32", "asked", 24)
     assert plan.channels_last.source == "measured"
 
 
-def test_memory_ends_the_search_and_not_the_run(prepared, tmp_path, monkeypatch):
+def test_memory_ends_the_search_and_not_the_run(prepared):
     request, audited, plan, rows = prepared(200, memory=0.9)
-    free = find_machine("cpu")
-    whole = measure(request, plan, audited.index, rows, free)
-    sizes = [b.batch for b in whole.batches]
-    assert sizes == [16] and not whole.batches[-1].problem
-    monkeypatch.setenv("GOODFIT_CACHE_DIR", str(tmp_path / "empty"))
-    poor = measure(request, plan, audited.index, rows, replace(free, free_memory=60_000_000))
+    poor = measure(request, plan, audited.index, rows, replace(find_machine("cpu"), free_memory=60_000_000))
     assert not any(s.admitted for s in poor.steps) or any(b.problem for b in poor.batches)
+
+
+def test_a_real_limit_of_memory_ends_the_search_below_it(prepared, tmp_path):
+    """The child may take less than the step at 512 needs and more than that at 64: the system itself refuses the rest."""
+    import hashlib
+    import random
+
+    from goodfit.api.probe import _write_batch
+    from goodfit.config.measured import BatchCost, best_batch
+
+    _, audited, plan, rows = prepared(30, imgsz=64)
+
+    def state():
+        numbers = np.random.get_state()
+        text = repr((torch.get_rng_state().tolist(), random.getstate(), numbers[1].tolist(), numbers[2:]))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    before = state()
+    _write_batch(tmp_path, plan, audited.index, rows)
+    ask = {"what": "sizes", "sizes": [16, 64, 512], "plan": plan.to_dict(), "class_names": list(audited.index.class_names),
+           "counts": [20, 20, 20], "num_train": 20 * 512, "memory": 8 * 10**9}  # fmt: skip
+    free = [BatchCost(**f) for f in ask_child(tmp_path, ask)]
+    assert [b.batch for b in free] == [16, 64, 512] and not any(b.problem for b in free), free
+    limit = (free[1].memory + free[2].memory) // 2
+    poor = [BatchCost(**f) for f in ask_child(tmp_path, {**ask, "memory": limit})]
+    chosen = best_batch(poor, limit)
+    shown = ", ".join(f"{b.batch}: {b.problem or f'{b.rate:,.0f} img/s, {b.memory / 1e6:.0f} MB'}" for b in poor)
+    print(f"limit {limit / 1e6:.0f} MB; {shown}; chosen {chosen}; state {before[:12]} before, {state()[:12]} after")
+    assert state() == before
+    last = poor[-1]
+    assert last.batch == 512 and (last.problem or last.memory > limit), [asdict(b) for b in poor]
+    rate = max(b.rate for b in poor[:-1])
+    assert chosen is not None and chosen.batch == min(b.batch for b in poor[:-1] if b.rate >= 0.95 * rate)
 
 
 def test_a_process_that_dies_leaves_what_it_found(tmp_path):
     (tmp_path / "batch.npz").write_bytes(b"")
-    assert _ask(tmp_path, {"ways": [], "plan": {}}) == []
+    assert ask_child(tmp_path, {"what": "ways", "ways": [], "plan": {}}) == []
 
 
 def test_short_runs_are_not_measured(prepared):
@@ -94,5 +128,6 @@ def test_plan_json_carries_the_figures(run_cli, make_images):
     done = run_cli("plan", str(data), "model=resnet10t", "pretrained=false", "imgsz=32", "measure=true", "json=true")
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
-    assert made["decisions"]["precision"]["source"] == "measured" and made["measured"]["steps"]
+    assert made["decisions"]["precision"]["source"] == made["decisions"]["batch"]["source"] == "measured"
+    assert made["measured"]["steps"]
     assert np.isfinite(made["measured"]["seconds"])

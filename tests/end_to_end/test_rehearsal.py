@@ -4,185 +4,62 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import re
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
-from goodfit.api.assemble import assemble, execution
-from goodfit.api.train import export_problem, rehearsal_material, rehearsal_stage
-from goodfit.core.errors import TrainingError
+import plants
+from goodfit.api.assemble import execution
+from goodfit.api.train import export_problem, rehearsal_stage
 from goodfit.core.journal import Journal, read_lines
 from goodfit.engine.checkpoint import tensors_sha256
 from goodfit.engine.optimizer import optimizer_tensors
-from goodfit.models.builder import build_network
-from goodfit.planning.rehearsal import rehearse
-from pictures import draw
-
-NAMES = (
-    "labels", "normalisation", "outputs", "loss and evaluation agree", "evaluation mode", "samples apart", "loss sums",
-    "gradients", "learning rate", "loss at start", "overfit a few samples", "better than blind", "save, load, predict",
-    "export", "subset run",
-)  # fmt: skip
-
-
-def parts_of(data, **asked):
-    from goodfit.api.prepare import decide, read_and_audit
-    from goodfit.config.parse import parse_request
-
-    given = {"data": str(data), "batch": 16, "model": "resnet10t", "imgsz": 32, "pretrained": "false", "epochs": 5}
-    request = parse_request({**given, **asked})
-    journal = Journal(None)
-    audited = read_and_audit(request, journal)
-    return assemble(decide(request, audited, journal), audited.index)
-
-
-def run(parts, *, wrap=lambda model: model, build=None, schedule=None, export=lambda _: "", **context):
-    """Rehearse with a model, optimizer, schedule, task or transform that is wrapped."""
-    with execution(parts.plan):
-        model = wrap(parts.state.model)
-        return rehearse(
-            model, dataclasses.replace(parts.context, **context), schedule=schedule or parts.state.progress.schedule,
-            build_optimizer=build or parts.optimizer_for, material=rehearsal_material(parts),
-            rebuild=lambda: wrap(build_network(parts.plan, len(parts.index.class_names))[0]), export=export,
-        )  # fmt: skip
+from plants import (
+    BUGS,
+    NAMES,
+    SOUND,
+    CountOfBatch,
+    CountOfOne,
+    Deciding,
+    Detached,
+    DividedTwice,
+    DropsOut,
+    Forgetful,
+    MeanNotSum,
+    MeanOfBatch,
+    NeverEvaluating,
+    OtherLabelsEveryStep,
+    Plain,
+    SeesNothing,
+    ShiftedInLoss,
+    ShiftedTransform,
+    Softmaxed,
+    SoftmaxInLoss,
+    Wrapped,
+    collated_otherwise,
+    folders,
+    parts_of,
+    run,
+)
 
 
 def alarms(parts, **planted):
     """The names of the checks that fail, and the whole message."""
-    with pytest.raises(TrainingError) as caught:
-        run(parts, **planted)
-    error = caught.value
-    assert "rehearse=false" in error.next and error.kept == "nothing was trained"
-    return {name for name in NAMES if re.search(rf"(: |; ){re.escape(name)}: ", error.message)}, str(error)
+    found, error = plants.alarms(parts, **planted)
+    assert error is not None and "rehearse=false" in error.next and error.kept == "nothing was trained"
+    assert all(f"{name}: " in error.message for name in found)
+    return found, str(error)
 
 
 # Planted bugs ---------------------------------------------------------------------------------------------------------
-
-
-class Wrapped(nn.Module):
-    """A network with something wrong around it."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, image):
-        return self.net(image)
-
-
-class Softmaxed(Wrapped):
-    def forward(self, image):
-        return self.net(image).softmax(dim=1)
-
-
-class Detached(Wrapped):
-    def forward(self, image):
-        return self.net.forward_head(self.net.forward_features(image).detach())
-
-
-class NeverEvaluating(Wrapped):
-    def eval(self):
-        return self
-
-
-class DropsOut(NeverEvaluating):
-    def forward(self, image):
-        return nn.functional.dropout(self.net(image), 0.5, self.training)
-
-
-class MeanOfBatch(Wrapped):
-    def forward(self, image):
-        return self.net(image - image.mean(dim=0, keepdim=True))
-
-
-class SeesNothing(Wrapped):
-    def forward(self, image):
-        return self.net(0 * image)
-
-
-class Forgetful(Wrapped):
-    """Keeps a tensor that training changes outside of its state."""
-
-    def __init__(self, net):
-        super().__init__(net)
-        self.register_buffer("calls", torch.zeros(()), persistent=False)
-
-    def forward(self, image):
-        if self.training:
-            self.calls += 1
-        return self.net(image) + self.calls
-
-
-class Around:
-    """Something else with one method replaced."""
-
-    def __init__(self, inner):
-        self._inner = inner
-
-    def __getattr__(self, name):
-        return getattr(self._inner, name)
-
-
-class MeanNotSum(Around):
-    def loss(self, model, batch):
-        return {k: (total / count, count) for k, (total, count) in self._inner.loss(model, batch).items()}
-
-
-class CountOfOne(Around):
-    def loss(self, model, batch):
-        return {k: (total / count, 1) for k, (total, count) in self._inner.loss(model, batch).items()}
-
-
-class CountOfBatch(Around):
-    def loss(self, model, batch):
-        return {k: (total, 16) for k, (total, _) in self._inner.loss(model, batch).items()}
-
-
-class SoftmaxInLoss(Around):
-    def loss(self, model, batch):
-        return self._inner.loss(Softmaxed(model), batch)
-
-
-class ShiftedInLoss(Around):
-    def loss(self, model, batch):
-        return self._inner.loss(model, {**batch, "target": batch["target"].roll(1, 0)})
-
-
-class ShiftedTransform(Around):
-    def train(self, batch, **keys):
-        made = self._inner.train(batch, **keys)
-        return {**made, "target": made["target"].roll(1, 0)}
-
-
-class DividedTwice(Around):
-    def train(self, batch, **keys):
-        return self._inner.train({**batch, "image": (batch["image"] / 255).to(torch.uint8)}, **keys)
-
-
-class OtherLabelsEveryStep(Around):
-    def train(self, batch, *, step, **keys):
-        made = self._inner.train(batch, step=step, **keys)
-        if step > 0:
-            made["target"] = (made["target"] + step) % 3
-        return made
 
 
 @pytest.fixture(scope="module")
 def sound(bars):
     """A sound run of resnet10t, to plant bugs around; nothing in it is changed."""
     return parts_of(bars)
-
-
-def collated_otherwise(parts, change):
-    """The same parts with a training loader that collates what `change` makes of images and targets."""
-    train = object.__new__(type(parts.train))
-    train.__dict__.update(parts.train.__dict__)
-    train.samples = dataclasses.replace(train.samples, collate=lambda *both: parts.task.collate(*change(*both)))
-    return dataclasses.replace(parts, train=train)
 
 
 @pytest.mark.parametrize("shift", [1, -1])
@@ -296,79 +173,19 @@ def test_a_subset_that_does_not_train_is_named(sound):
     assert found == {"subset run"} and "72 steps" in text
 
 
-class Deciding(Wrapped):
-    def forward(self, image):
-        return self.net(image) if image.mean() > -100 else self.net(-image)
-
-
 def test_a_network_that_cannot_be_exported_is_named(sound):
     found, text = alarms(sound, wrap=Deciding, export=lambda model: export_problem(sound, model))
     assert found == {"export"} and "cannot be traced" in text
 
 
+def test_the_seven_bugs_of_the_benchmark_are_named(sound):
+    for name, (plant, check) in BUGS.items():
+        parts, planted = plant(sound)
+        assert check in alarms(parts, **planted)[0], name
+    assert all(p.requires_grad for p in sound.state.model.parameters())
+
+
 # Sound configurations -------------------------------------------------------------------------------------------------
-
-
-class Plain(nn.Module):
-    """A small network without batch norm, with dropout, part of it frozen on purpose, and with a parameter unused."""
-
-    def __init__(self, classes):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 16, 3, 2)
-        self.more = nn.Conv2d(16, 32, 3, 2)
-        self.drop = nn.Dropout(0.3)
-        self.fc = nn.Linear(32 * 7 * 7, classes)
-        self.token = nn.Parameter(torch.zeros(1, 1, 16))
-        self.empty = nn.Parameter(torch.zeros(0))
-        self.conv.requires_grad_(False)
-        nn.init.zeros_(self.fc.weight)
-
-    def forward(self, image):
-        hidden = self.more(self.conv(image).relu()).relu()
-        return self.fc(self.drop(hidden.flatten(1)))
-
-
-def paint(kind, number, classes):
-    """A picture of a class: bars, digits, black marks on white paper, or shades of grey."""
-    if kind == "bars":
-        return draw(1000 * (number % classes) + number, number % classes)
-    randomness = np.random.default_rng(number)
-    at = 2 + 2 * (number % classes)
-    if kind == "paper":
-        pixels = np.full((28, 28, 3), 255, np.uint8)
-        pixels[at : at + 2, 8 + int(randomness.integers(4)) :][:, :3] = 0
-    elif kind == "night":
-        pixels = randomness.integers(0, 6, (28, 28, 3)).astype(np.uint8)
-        pixels[:, at : at + 2] += 20
-    else:
-        pixels = randomness.integers(100, 110, (28, 28)).astype(np.uint8)
-        pixels[at : at + 2] += 90
-    return Image.fromarray(pixels)
-
-
-def folders(root, kind, classes, counts):
-    for target in range(classes):
-        folder = root / f"class{target}"
-        folder.mkdir(parents=True)
-        for k in range(counts[target % len(counts)]):
-            paint(kind, k * classes + target, classes).save(folder / f"{k}.png")
-    return root
-
-
-SOUND = {
-    "as decided": ("bars", 3, (40,), {}),
-    "sample": ("bars", 2, (60, 12), {"balance": "sample", "precision": "fp32"}),
-    "weights": ("bars", 2, (60, 12), {"balance": "loss", "precision": "fp32"}),
-    "logits adjusted": ("bars", 2, (80, 8), {"balance": "logit"}),
-    "smoothing and dropout": ("bars", 3, (40,), {"label_smoothing": 0.2, "dropout": 0.5, "drop_path": 0.1}),
-    "mixed": ("bars", 3, (40,), {"mixup": 0.4, "cutmix": 1.0, "precision": "fp32", "accumulate": 2}),
-    "sgd": ("bars", 3, (40,), {"optimizer": "sgd", "schedule": "cosine", "warmup": 2.0, "clip": 1.0}),
-    "ten greys": ("grey", 10, (16,), {"augment": "strong"}),
-    "white paper": ("paper", 8, (16,), {"precision": "fp32", "augment": "light"}),
-    "night": ("night", 5, (20,), {"optimizer": "sgd", "precision": "bf16", "erase": 0.3}),
-    "many batch norms": ("bars", 3, (20,), {"model": "mobilenetv2_050", "imgsz": 64}),
-    "fine-tuning rate": ("bars", 3, (40,), {"lr": 1e-5, "head_lr": 1e-3}),
-}
 
 
 @pytest.mark.parametrize("name", SOUND)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from pathlib import Path
 
 import pytest
 import torch
 
 import goodfit
 from goodfit.api.assemble import assemble, execution
-from goodfit.core.errors import OutOfMemory, TrainingError
+from goodfit.core.errors import OutOfMemory, StorageError, TrainingError
 from goodfit.core.journal import Journal
 from goodfit.engine.checkpoint import Checkpoints, tensors_sha256
 from goodfit.engine.loop import fit
@@ -18,7 +19,8 @@ from goodfit.engine.stop import StopFlag
 
 
 def parts_of(bars, **asked):
-    from goodfit.api.prepare import decide, read_and_audit
+    from goodfit.api.decide import decide
+    from goodfit.api.prepare import read_and_audit
     from goodfit.config.parse import parse_request
 
     request = parse_request({"data": str(bars), "batch": 16, "rehearse": False, **asked})
@@ -33,6 +35,10 @@ def run_fit(parts, folder, journal=None):
         fit(parts.state, parts.context, parts.train, parts.val, settings=parts.settings, checkpoints=checkpoints,
             journal=journal or Journal(None), stop=stop)  # fmt: skip
     return checkpoints
+
+
+def events_of(run):
+    return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
 
 
 class Failing:
@@ -136,6 +142,52 @@ def test_the_rehearsal_stops_a_run_that_would_not_learn(bars, tmp_path, asked, c
     with pytest.raises(TrainingError, match=check) as caught:
         goodfit.train(bars, project=str(tmp_path), epochs=1, batch=16, optimizer="sgd", clip=0, **asked)
     assert "rehearse=false" in caught.value.next and not list(tmp_path.rglob("test.json"))
+    (failed,) = [e for e in events_of(tmp_path / "bars-1") if e["event"] == "failed"]
+    named = {c["name"]: c for c in failed["checks"]}
+    assert not named[check.removesuffix(": ")]["passed"] and named["labels"]["passed"] and len(named) > 5
+    assert all(c["evidence"] and c["meaning"] for c in failed["checks"])
+    assert caught.value.where == failed["where"] == str(tmp_path / "bars-1" / "rehearsal.txt")
+    told = (tmp_path / "bars-1" / "rehearsal.txt").read_text()
+    assert f"FAILED  {check}" in told and told.count("usually means") == len(named)
+    picture = Path(told.splitlines()[-1].removeprefix("labels drawn on the exact tensors of a batch: "))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(TrainingError, match=check):  # what failed once is rehearsed again
+        goodfit.resume(tmp_path / "bars-1")
+
+
+def test_a_resumed_run_is_refused_where_the_rest_finds_no_room(bars, tmp_path, monkeypatch):
+    """What lies there already needs no more room; what is missing is asked for before anything is trained."""
+    from goodfit.api.verdict import folder_bytes
+    from goodfit.engine import loop
+    from goodfit.planning import projection
+
+    def cut(state, *_, **__):
+        if state.step == 20:
+            raise KeyboardInterrupt
+        return step(state, *_, **__)
+
+    step = loop.train_step
+    monkeypatch.setattr(loop, "train_step", cut)
+    with pytest.raises(KeyboardInterrupt):
+        goodfit.train(bars, project=str(tmp_path), epochs=4, batch=16, rehearse=False)
+    monkeypatch.setattr(loop, "train_step", step)
+    run = tmp_path / "bars-1"
+    begun, before = folder_bytes(run / "checkpoints"), (run / "events.jsonl").read_text()
+    assert begun > 10**7
+    (made,) = [e["projected"] for e in events_of(run) if e.get("name") == "projection"]
+    free = made["disk"] - begun
+    monkeypatch.setattr(projection, "free_bytes", lambda _folder: free - 1)
+    with pytest.raises(StorageError, match="The rest of the run needs up to") as caught:
+        goodfit.resume(run)
+    assert f"goodfit resume {run}" in caught.value.next and "checkpoints" in caught.value.kept
+    since = [json.loads(line)["event"] for line in (run / "events.jsonl").read_text()[len(before) :].splitlines()]
+    assert since == ["stage", "failed"] and folder_bytes(run / "checkpoints") == begun
+    monkeypatch.setattr(projection, "free_bytes", lambda _folder: free)
+    assert goodfit.resume(run).result["epochs"] == 4
+    (run / "result.json").unlink()  # trained: only test, bundle and report can still be missing
+    now = folder_bytes(run / "checkpoints") + folder_bytes(run / "bundle")
+    monkeypatch.setattr(projection, "free_bytes", lambda _folder: max(0, made["kept"] - now))
+    assert goodfit.resume(run).result["epochs"] == 4
 
 
 def test_the_rehearsal_leaves_the_state_untouched(bars):

@@ -9,11 +9,12 @@ import pytest
 from goodfit.cli.arguments import split_words
 from goodfit.config.facts import DataFacts, Facts, MachineFacts, ModelFacts
 from goodfit.config.parse import parse_request, read_request
-from goodfit.config.plan import Plan
+from goodfit.config.plan import ADDED, Plan
 from goodfit.config.request import TrainRequest
 from goodfit.config.resolve import resolve
 from goodfit.config.yaml12 import read_yaml
 from goodfit.core.errors import RequestError
+from plans import plan_of
 
 
 def facts(**changes):
@@ -156,3 +157,23 @@ def test_missing_weights_that_nobody_asked_for_are_said():
 def test_contradictions_are_refused(asked):
     with pytest.raises(RequestError):
         resolve(TrainRequest(**asked), facts())
+
+
+def test_words_that_mean_another_field():
+    assert parse_request({"batch": "study"}).batch_study is True
+    assert parse_request({"lr": "find"}).lr_find is True
+    assert parse_request({"lr0": "find"}).lr is None
+    assert parse_request({"compile": "true"}).compile == "default"
+    assert parse_request({"latency": "0.5s"}).latency == 500.0
+    assert parse_request({"latency": "800us"}).latency == pytest.approx(0.8)
+    assert parse_request({"latency": "10 ms"}).latency == parse_request({"latency": 10}).latency == 10.0
+    for bad in ("10", "ms", "fast", "0ms", "-3ms"):
+        with pytest.raises(RequestError, match="latency"):
+            parse_request({"latency": bad})
+
+
+def test_plans_of_earlier_versions_can_still_be_read():
+    whole = plan_of().to_dict()
+    older = {"decisions": {n: d for n, d in whole["decisions"].items() if n not in ADDED}}
+    assert {n: getattr(Plan.from_dict(older), n).value for n in ADDED} == ADDED
+    assert set(ADDED) <= set(whole["decisions"])

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from goodfit.core.errors import StorageError
-from goodfit.engine.checkpoint import Checkpoints, take_snapshot
+from goodfit.core.journal import Journal
+from goodfit.engine.checkpoint import Checkpoints, take_snapshot, tensors_sha256
 from goodfit.engine.ema import Ema
 from goodfit.engine.optimizer import build_optimizer
 from goodfit.engine.schedule import plan_schedule
 from goodfit.engine.state import LossScale, Progress, TrainState
 from goodfit.models.builder import ParameterGroup
 from goodfit.planning import projection
+from goodfit.planning.pace import Pace, measure_pace
 from goodfit.planning.projection import (
     check_disk,
     describe_bytes,
@@ -27,25 +30,27 @@ from goodfit.planning.projection import (
 )
 from plans import plan_of
 
+PACE = Pace(step=0.5, data=0.02, start=0.1, validation=0.001, snapshot=0.05, save=0.2, memory=0)
 
-def projected(bare=100.0, cache=0, memory=None, **asked):
+
+def projected(pace=PACE, cache=0, memory=None, **asked):
     plan = plan_of(epochs=10, batch=50, **asked)
-    return project(plan, num_val=300, steps_per_epoch=20, num_parameters=10**6, num_buffers=10**4, bare_rate=bare,
+    return project(plan, num_val=300, steps_per_epoch=20, num_parameters=10**6, num_buffers=10**4, pace=pace,
                    cache=cache, memory=memory)  # fmt: skip
 
 
-def test_time_is_training_at_the_bare_rate_and_a_third_for_validation():
+def test_an_epoch_is_all_that_happens_in_it():
     found = projected()
-    assert found.epoch_seconds == pytest.approx((20 * 50 + 300 / 3) / 100)
-    assert found.seconds == pytest.approx(110.0)
-    assert (
-        found.describe(52 * 10**9) == "at most 10 epochs of about 11 s, 1 min 50 s in all; 101 MB on disk of 52 GB free"
-    )
+    assert found.epoch_seconds == pytest.approx(0.1 + 20 * 0.52 + 300 * 0.001 + 0.05 + 0.2)
+    assert found.seconds == pytest.approx(10 * found.epoch_seconds)
+    assert found.describe(52 * 10**9).startswith("at most 10 epochs of about 11 s, 1 min 50 s in all; 101 MB on disk")
     assert "; 2.0 GB of memory; " in projected(memory=2 * 10**9).describe(0)
+    slow_disk = projected(replace(PACE, save=60.0))  # saving that nothing forces takes at most 5 %
+    assert slow_disk.epoch_seconds == pytest.approx(1.05 * (found.epoch_seconds - 0.2))
 
 
 def test_without_a_rehearsal_the_time_is_unknown_and_the_disk_is_not():
-    found = projected(bare=0.0)
+    found = projected(None)
     assert found.seconds is None and found.disk == projected().disk
     assert found.describe(52 * 10**9).startswith("time unknown without a rehearsal: at most 10 epochs; 101 MB on disk")
 
@@ -129,9 +134,9 @@ def test_projected_against_achieved():
     found = measure_outcome(epochs, 90 * 10**6)
     assert found == {"epochs": 3, "epoch_seconds": 12.5, "seconds": 45.0, "memory": 2 * 10**9, "kept": 90 * 10**6}
     line = describe_outcome(projected().to_dict(), found)
-    assert "an epoch 11 s projected, 12 s taken (1.14 times)" in line and "90 MB taken" in line
+    assert "an epoch 11 s projected, 12 s taken (1.13 times)" in line and "90 MB taken" in line
     assert "3 of at most 10 epochs, 1 min 50 s projected for all, 45 s taken" in line and "peak memory 2.0 GB" in line
-    assert "none was projected" in describe_outcome(projected(bare=0.0).to_dict(), found)
+    assert "none was projected" in describe_outcome(projected(None).to_dict(), found)
     assert describe_outcome(None, found) == "nothing was projected"
     assert measure_outcome([], 0)["epoch_seconds"] is None
 
@@ -160,3 +165,24 @@ def test_nothing_is_trained_on_a_full_disk(monkeypatch, make_images, tmp_path):
     assert caught.value.exit_code == 4 and not os.path.exists(os.path.join(folder, "checkpoints"))
     lines = Path(folder, "events.jsonl").read_text("utf-8")
     assert '"event": "failed"' in lines and '"event": "step"' not in lines
+
+
+def test_measuring_the_pace_leaves_the_run_as_it_was(make_images, tmp_path):
+    """Every tensor of the state, the random state and the folder: equal before and after real steps, a validation and a save."""
+    from goodfit.api.assemble import assemble, execution
+    from goodfit.api.decide import decide
+    from goodfit.api.prepare import read_and_audit
+    from goodfit.config.parse import parse_request
+
+    asked = {"data": str(make_images(20)), "model": "resnet10t", "pretrained": "false", "imgsz": 32, "epochs": 3}
+    request, journal = parse_request(asked), Journal(None, ())
+    audited = read_and_audit(request, journal)
+    plan = decide(request, audited, journal, measuring=False)
+    with execution(plan):
+        parts = assemble(plan, audited.index)
+        before = tensors_sha256(take_snapshot(parts.state).files), torch.get_rng_state(), parts.state.progress.to_dict()
+        found = measure_pace(parts.state, parts.context, parts.train, parts.val, folder=tmp_path, bare_rate=100.0)
+        after = tensors_sha256(take_snapshot(parts.state).files), torch.get_rng_state(), parts.state.progress.to_dict()
+    assert before[0] == after[0] and torch.equal(before[1], after[1]) and before[2] == after[2]
+    assert list(tmp_path.glob(".tmp-pace*")) == [] and parts.val.bytes_to_keep == 0
+    assert min(found.step, found.validation, found.snapshot, found.save) > 0 and found.step > found.data

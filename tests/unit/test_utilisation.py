@@ -7,6 +7,7 @@ import time
 import types
 
 import pytest
+import torch
 
 from goodfit.config.plan import Decision
 from goodfit.config.request import options
@@ -142,15 +143,17 @@ def test_the_wait_for_a_device_belongs_to_the_step():
     """A record whose flag takes time to arrive, as on a GPU that is still computing."""
 
     class Late:
-        def __bool__(self):
+        device = torch.device("cpu")
+
+        def __float__(self):
             time.sleep(0.05)
-            return False
+            return 0.0
 
     progress = types.SimpleNamespace(segment=0, loss_sum=0.0, loss_count=0, bad_in_a_row=0, epoch=0,
                                      schedule=types.SimpleNamespace(total_steps=2))  # fmt: skip
     clock = Clock()
     epoch = _Epoch(types.SimpleNamespace(progress=progress), Journal(None), clock)
-    record = types.SimpleNamespace(step=1, bad=Late(), loss=1.0, grad_norm=1.0, lr=0.1, num_samples=4)
+    record = types.SimpleNamespace(step=1, bad=0.0, loss=Late(), grad_norm=1.0, lr=0.1, num_samples=4)
     epoch.start()
     epoch.add(record)
     epoch.add(record)  # reads the first

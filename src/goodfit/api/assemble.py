@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from goodfit.config.plan import Plan
+from goodfit.core.errors import TrainingError
 from goodfit.core.machine import keep_freed_memory
 from goodfit.data.augment import PRESETS
 from goodfit.data.batch_transform import ImageBatchTransform
@@ -22,7 +23,7 @@ from goodfit.data.index import DatasetIndex, data_hash
 from goodfit.data.loader import EvalLoader, MicroBatch, TrainLoader, TrainSamples
 from goodfit.data.split import subset
 from goodfit.data.store import PictureStore
-from goodfit.engine.device import DevicePolicy
+from goodfit.engine.device import DevicePolicy, compile_in_place, tf32_kept
 from goodfit.engine.ema import Ema, ema_decay
 from goodfit.engine.loop import FitSettings
 from goodfit.engine.optimizer import build_optimizer
@@ -37,6 +38,14 @@ from goodfit.tasks.classify import ClassifyTask
 EVAL_BATCH = 64
 KEEP_BYTES = 512_000_000  # of validation images kept as the serving path made them
 NUM_FEW = 8
+NOT_COMPUTED = (
+    "workers",
+    "cache",
+    "prefetch",
+    "allocator",
+    "latency",
+    "latency_threads",
+)  # decisions that change no result
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +97,9 @@ def assemble(plan: Plan, index: DatasetIndex, *, workers: int | None = None) -> 
     ranks = Ranks()
     task = assemble_task(plan, index.class_names, np.bincount(index.targets[rows]))
     preprocessing = Preprocessing.from_dict(plan.preprocessing.value)
-    preset = replace(PRESETS[plan.augment.value], policy=plan.policy.value)
     store = PictureStore(index, rows, imgsz=plan.imgsz.value, cache=plan.cache.value)
-    samples = TrainSamples(index=index, store=store, preset=preset, preprocessing=preprocessing, flip=plan.flip.value,
-                           seed=plan.seed.value, collate=task.collate, shares_cores=plan.device.value == "cpu")  # fmt: skip
-    workers = plan.workers.value if workers is None else workers
-    train = TrainLoader(samples, rows, batch=plan.batch.value, workers=workers, threads=plan.threads.value,
-                        balance=plan.balance.value == "sample", rank=ranks.rank, size=ranks.size)  # fmt: skip
+    loading = plan if workers is None else plan.changed(workers=workers)
+    train = train_loader(loading, train_samples(plan, index, task, store), rows, ranks)
     val_rows = index.rows("val")
     val = EvalLoader(index, val_rows, preprocessing=preprocessing, batch=EVAL_BATCH, threads=plan.threads.value,
                      collate=task.collate, keep=len(val_rows) * 3 * preprocessing.size**2 <= KEEP_BYTES,
@@ -116,6 +121,22 @@ def assemble(plan: Plan, index: DatasetIndex, *, workers: int | None = None) -> 
     )  # fmt: skip
 
 
+def train_samples(plan: Plan, index: DatasetIndex, task: ClassifyTask, store: PictureStore) -> TrainSamples:
+    """What makes the plan's augmented samples."""
+    return TrainSamples(
+        index=index, store=store, preset=replace(PRESETS[plan.augment.value], policy=plan.policy.value),
+        preprocessing=Preprocessing.from_dict(plan.preprocessing.value), flip=plan.flip.value, seed=plan.seed.value,
+        collate=task.collate, shares_cores=plan.device.value == "cpu",
+    )  # fmt: skip
+
+
+def train_loader(plan: Plan, samples: TrainSamples, rows: npt.NDArray[np.int64], ranks: Ranks) -> TrainLoader:
+    """The plan's loader of these rows."""
+    return TrainLoader(samples, rows, batch=plan.batch.value, workers=plan.workers.value, threads=plan.threads.value,
+                       prefetch=plan.prefetch.value, balance=plan.balance.value == "sample", rank=ranks.rank,
+                       size=ranks.size)  # fmt: skip
+
+
 def assemble_task(plan: Plan, class_names: Sequence[str], counts: npt.NDArray[np.int64]) -> ClassifyTask:
     """The task of a plan, for classes that have so many training samples."""
     return ClassifyTask(class_names, label_smoothing=plan.label_smoothing.value,
@@ -135,6 +156,9 @@ def assemble_step(
     )  # fmt: skip
     network, weights = build_network(plan, len(task.class_names))
     state = _initial_state(plan, device.place(network), device, steps_per_epoch)
+    compile_in_place(
+        state.model, plan.compile.value
+    )  # the trained network alone: its average and all copies stay eager
     return state, StepContext(task, transform, device, ranks, plan.seed.value, plan.clip.value), weights
 
 
@@ -181,7 +205,7 @@ def _initial_state(plan: Plan, network: torch.nn.Module, device: DevicePolicy, s
 
 def run_hashes(plan: Plan, index: DatasetIndex) -> dict[str, Any]:
     """What a checkpoint must agree with: the hash of the plan's values, and of the data."""
-    values = {name: d.value for name, d in plan.decisions().items() if name not in ("workers", "cache")}
+    values = {name: d.value for name, d in plan.decisions().items() if name not in NOT_COMPUTED}
     text = json.dumps(values, sort_keys=True)
     return {"plan_sha256": hashlib.sha256(text.encode()).hexdigest(), "data_sha256": data_hash(index)}
 
@@ -190,10 +214,11 @@ def run_hashes(plan: Plan, index: DatasetIndex) -> dict[str, Any]:
 def execution(plan: Plan) -> Iterator[None]:
     """Threads, determinism and random state as the plan says; everything is put back at the end,
     but for the variable that CUDA reads when it starts, and for the C library's habit of keeping freed memory."""
-    keep_freed_memory()
+    if plan.allocator.value == "keep":
+        keep_freed_memory()
     threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     benchmark = torch.backends.cudnn.benchmark
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), tf32_kept():
         try:
             torch.set_num_threads(plan.threads.value)
             if plan.deterministic.value:
@@ -203,6 +228,11 @@ def execution(plan: Plan) -> Iterator[None]:
             else:
                 torch.backends.cudnn.benchmark = plan.device.value == "cuda"
             yield
+        except RuntimeError as error:
+            if type(error).__module__.partition(".")[2].split(".")[0] in ("_dynamo", "_inductor"):
+                raise TrainingError(f"torch could not compile the network: {str(error).splitlines()[0]}",
+                                    kept="every checkpoint that was written", next="train with compile=off") from error  # fmt: skip
+            raise
         finally:
             torch.set_num_threads(threads)
             torch.use_deterministic_algorithms(strict)

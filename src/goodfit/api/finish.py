@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from goodfit.api.assemble import Parts
 from goodfit.api.folder import AUDIT, PLAN, Run, load_request
+from goodfit.api.latency import typical_files
 from goodfit.api.prepare import stage
 from goodfit.api.verdict import compare_projection, judge_time
 from goodfit.core.history import bare_rate, stage_seconds, training_rate
@@ -28,15 +29,17 @@ from goodfit.engine.evaluate import evaluate
 from goodfit.metrics.classification import ClassificationMeter
 from goodfit.models.builder import build_network
 from goodfit.outcome.baselines import ProbeResult, backbone_features, linear_probe, majority_class
-from goodfit.outcome.bundle import library_versions, write_bundle
+from goodfit.outcome.bundle import Served, library_versions, write_bundle
 from goodfit.outcome.finaltest import final_result
 from goodfit.outcome.ledger import count_look
+from goodfit.outcome.lr_plot import plot_lr_range
 from goodfit.outcome.plots import plot_batch, plot_confusion, plot_results
 from goodfit.outcome.report import write_report
 from goodfit.planning.projection import describe_outcome
 
 _PARITY = stream("parity")
 NUM_PICTURES = 16
+LR_RANGE = "lr_range.png"
 
 
 def load_best(parts: Parts, checkpoints: Checkpoints) -> None:
@@ -110,7 +113,7 @@ def bundle_stage(run: Run, parts: Parts, journal: Journal, test: dict[str, Any])
     """Export, prove and write the bundle.
 
     Raises:
-        ExportError: the exported model does not reproduce the trained one.
+        ExportError: the exported model does not reproduce the trained one, or is over the latency limit.
     """
     if (run.bundle / "bundle.json").is_file() and (run.bundle / "manifest.json").is_file():
         return dict(read_json(run.bundle / "bundle.json"))
@@ -130,15 +133,31 @@ def bundle_stage(run: Run, parts: Parts, journal: Journal, test: dict[str, Any])
             "metrics": {"val": best["metrics"] if best else {}, "test": test},
         }
         made = write_bundle(run.bundle, parts.state.model, preprocessing=parts.preprocessing, card=card,
-                            plan=plan.to_dict(), images=[index.file(int(val[i])) for i in order])  # fmt: skip
+                            plan=plan.to_dict(), images=[index.file(int(val[i])) for i in order], served=_served(parts))  # fmt: skip
         parity, latency = made["parity"], made["latency"]
         note.text = (f"{run.bundle}  parity {parity['max_difference']:.0e} on {parity['num_files']} files · "
-                     f"{latency['p50_ms']:.1f} ms p50")  # fmt: skip
+                     f"{describe_latency(latency)}")  # fmt: skip
     return made
 
 
+def _served(parts: Parts) -> Served:
+    """Typical pictures of validation, with the threads and the limit of the plan."""
+    plan = parts.plan
+    costs = plan.measured.latencies if plan.measured is not None else ()
+    planned = (c.p95 for c in costs if (c.model, c.imgsz) == (plan.model.value, plan.imgsz.value))
+    return Served(files=typical_files(parts.index, parts.index.rows("val")), threads=plan.latency_threads.value,
+                  limit=plan.latency.value, planned=next(planned, 0.0))  # fmt: skip
+
+
+def describe_latency(latency: dict[str, Any]) -> str:
+    """One image as it is served, in a line."""
+    text = f"{latency['p50_ms']:.1f} ms an image (p95 {latency['p95_ms']:.1f})"
+    return f"{text}, {latency['verdict']}" if latency.get("verdict") else text
+
+
 def picture_stage(run: Run, parts: Parts, journal: Journal) -> None:
-    """Draw train_batch.png and val_batch.png: the very tensors that the model sees, with their labels."""
+    """Draw train_batch.png and val_batch.png: the very tensors that the model sees, with their labels; and the range
+    test's curve, where there was one."""
     with stage(journal, "pictures") as note:
         plots = run.path / "plots"
         plots.mkdir(exist_ok=True)
@@ -150,6 +169,9 @@ def picture_stage(run: Run, parts: Parts, journal: Journal) -> None:
         val = context.transform.evaluate(context.device.move(few.data))
         for name, batch in (("train", train), ("val", val)):
             plot_batch(batch, names, parts.preprocessing, plots / f"{name}_batch.png")
+        measured = parts.plan.measured
+        if measured is not None and measured.lr_range is not None and measured.lr_range.losses:
+            plot_lr_range(measured.lr_range, plots / LR_RANGE)
         note.text = str(plots / "train_batch.png")
 
 
@@ -179,7 +201,8 @@ def report_stage(run: Run, parts: Parts, journal: Journal, test: dict[str, Any],
             "checks": [c for e in events if e["event"] == "stage" for c in e.get("checks", ())],
         }  # fmt: skip
         write_report(run.path / "report.html", facts,
-                     {"results": plots / "results.png", "confusion": plots / "confusion_matrix.png"})  # fmt: skip
+                     {"results": plots / "results.png", "confusion": plots / "confusion_matrix.png",
+                      "lr_range": plots / LR_RANGE})  # fmt: skip
         note.text = str(run.path / "report.html")
 
 
@@ -233,6 +256,7 @@ def write_result(run: Run, parts: Parts, checkpoints: Checkpoints, test: dict[st
         "seconds": stage_seconds(events),
         "utilisation": judge_time(run, parts).to_dict(),
         "projection": compare_projection(run),
+        "latency": read_json(run.bundle / "bundle.json")["latency"],
     }
     write_json(run.path / "result.json", result)
     return result

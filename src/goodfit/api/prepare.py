@@ -9,10 +9,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from goodfit.config.facts import DataFacts, Facts
+from goodfit.config.facts import DataFacts
 from goodfit.config.plan import Plan, read_plan
 from goodfit.config.request import TrainRequest
-from goodfit.config.resolve import resolve, resolve_data, resolve_model
+from goodfit.config.resolve import resolve_data
 from goodfit.core.errors import RequestError
 from goodfit.core.journal import Journal
 from goodfit.data.checks.audit import Audit, audit_dataset
@@ -157,43 +157,6 @@ def _compare(request: TrainRequest, audit: Audit) -> list[Finding]:
     if audit.scan is None:
         raise RequestError("like= compares images; this is a dataset of texts.", next="leave like= out")
     return folder_shift(audit.index, audit.scan, Path(request.like))
-
-
-def decide(
-    request: TrainRequest, audited: Audited, journal: Journal, base: Plan | None = None, *, measuring: bool = True
-) -> Plan:
-    """Stage `plan`: look at the machine and the model, measure where it pays, then resolve.
-
-    Raises:
-        RequestError: something that was asked cannot be done.
-        WeightsError: weights that were asked for cannot be had.
-    """
-    if audited.index.task != "classify":
-        raise RequestError(
-            f"goodfit does not train this task yet: {audited.index.task}.", where=str(request.data),
-            next=f"goodfit audit {request.data} checks the data; task=classify needs one class per image",
-        )  # fmt: skip
-    from goodfit.api.probe import measure, wants_measuring
-    from goodfit.engine.device import find_machine
-    from goodfit.models.catalog import look_up
-
-    with stage(journal, "plan") as note:
-        data = data_facts(request, audited, base)
-        machine = find_machine(request.device)
-        wanted = resolve_model(request, data, base)
-        model = look_up(wanted.model.value, wanted.pretrained.value, asked=wanted.pretrained.source == "asked")
-        facts = Facts(data=data, machine=machine, model=model)
-        plan = resolve(request, facts, base)
-        if measuring and wants_measuring(request, plan, data.num_train, base):
-            rows = subset(audited.index, plan.fraction.value, plan.split_seed.value)
-            measured = measure(request, plan, audited.index, rows, machine)
-            journal.emit("measured", table=measured.table(), **measured.to_dict())
-            plan = resolve(request, replace(facts, measured=measured), base)
-        for name, decision in plan.decisions().items():
-            journal.emit("decision", name=name, value=decision.value, reason=decision.reason, source=decision.source)
-        licence = plan.weights.reason if plan.weights.value else "no pretrained weights"
-        note.text = f"{model.num_parameters / 1e6:.1f} M parameters; {licence}; on {machine.device_name}"
-    return plan
 
 
 def data_facts(request: TrainRequest, audited: Audited, base: Plan | None) -> DataFacts:

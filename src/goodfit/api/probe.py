@@ -1,8 +1,7 @@
 """Measuring before the plan: a process of its own takes the steps, and what it finds is remembered per machine.
 
-`python -m goodfit.api.probe FOLDER` is that process: it reads `ask.json` and `batch.npz` from the folder and prints one
-JSON object per finding. What it printed before it died counts, and the caller's model, memory and random state are
-never touched.
+The process is api/probe_child.py. What it printed before it died counts, and the caller's model, memory and random
+state are never touched.
 """
 
 from __future__ import annotations
@@ -10,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
@@ -23,23 +23,34 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from goodfit.config.execution import batch_candidates, matching
+from goodfit.api.probe_child import MAX_SECONDS, RUN_SHARE, START_SECONDS
+from goodfit.config.execution import batch_candidates, matching, modes_to_try, pays_to_compile, ways_to_execute
 from goodfit.config.facts import MachineFacts
-from goodfit.config.measured import MEMORY_SHARE, BatchCost, Measured, StepCost, best_execution
-from goodfit.config.plan import Decision, Plan
+from goodfit.config.loading import LoadCost
+from goodfit.config.measured import (
+    MEMORY_SHARE,
+    AllocatorCost,
+    BatchCost,
+    Measured,
+    StepCost,
+    best_batch,
+    best_execution,
+)
+from goodfit.config.plan import Plan
 from goodfit.config.request import TrainRequest
 from goodfit.core.errors import StorageError
+from goodfit.core.machine import num_cores
 from goodfit.core.places import cache_folder
-from goodfit.core.safeio import read_json, write_json
-from goodfit.data.index import DatasetIndex
-from goodfit.data.loader import MicroBatch
+from goodfit.core.safeio import read_json, write_json, write_text
+from goodfit.data.index import DatasetIndex, write_split
 
-MAX_SECONDS = 60.0
-RUN_SHARE = 0.05  # of the projected run that measuring may take, if that is less than a minute
-START_SECONDS = 6.0  # of a new process: imports and the network
 LEAST_PIXELS = 2e8  # of input in a whole run, below which it is over before measuring would pay
+LOADING_SECONDS = 15.0  # for loading, if that is less than a quarter of what measuring may take
+LOADING_LEAST = 2.5  # where measuring was asked for, also before a short run
+LOADING_STEPS = 11  # that one way to load takes at least
 SAMPLES = 64  # real pictures in the batches; larger batches repeat them
-FORMAT = "measured-1"
+COMPILE_SECONDS = 60.0  # that trying to compile may take, start of the process included, where it was not asked for
+FORMAT = "measured-2"
 
 
 def wants_measuring(request: TrainRequest, plan: Plan, num_train: int, base: Plan | None) -> bool:
@@ -71,24 +82,35 @@ def measure(
     if kept.is_file() and request.measure is None:
         with contextlib.suppress(KeyError, TypeError, ValueError, StorageError):  # damaged: measured again
             earlier = Measured.from_dict(read_json(kept))
-            if not _ended_by_memory(earlier) or memory <= 1.1 * earlier.memory:
+            if _still_holds(earlier, plan, len(rows), memory):
                 return replace(earlier, memory=memory)
     start = time.monotonic()
     ask = {"class_names": list(index.class_names), "counts": np.bincount(index.targets[rows]).tolist(),
-           "memory": memory, "num_train": len(rows)}  # fmt: skip
+           "memory": memory, "num_train": len(rows), "root": str(index.root)}  # fmt: skip
     chosen = rows[np.linspace(0, len(rows) - 1, min(SAMPLES, len(rows))).astype(np.int64)]
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         _write_batch(folder, plan, index, chosen)
+        write_text(folder / "split.csv", write_split(index))
         ways = ways_to_execute(plan, machine)
-        steps = tuple(StepCost(**f) for f in _ask(folder, {**ask, "ways": ways, "plan": plan.to_dict()}))
+        answers = ask_child(folder, {**ask, "what": "ways", "ways": ways, "plan": plan.to_dict(),
+                                "allocator": machine.has_mallopt and machine.device == "cpu"})  # fmt: skip
+        steps = tuple(StepCost(**f) for f in answers if "precision" in f)
+        allocator = next((AllocatorCost(**f) for f in answers if "ratio" in f), None)
         best = best_execution(matching(steps, plan.precision, plan.channels_last))
         batches: tuple[BatchCost, ...] = ()
-        if best is not None and plan.batch.source != "asked":
-            way = _executed(plan, best.precision, best.channels_last)
-            asked = {**ask, "sizes": batch_candidates(len(rows)), "plan": way.to_dict()}
-            batches = tuple(BatchCost(**f) for f in _ask(folder, asked))
-    found = Measured(batch=plan.batch.value, steps=steps, batches=batches, memory=memory,
+        if best is not None:
+            way = plan.changed(precision=best.precision, channels_last=best.channels_last)
+            projected = best.seconds * max(1, len(rows) // plan.batch.value) * plan.epochs.value
+            steps += tuple(_compiled(folder, ask, way, best, mode) for mode in modes_to_try(plan, machine, projected))
+            if plan.batch.source != "asked" or request.measure or pays_to_compile(projected):
+                asked = {**ask, "what": "sizes", "sizes": _sizes(plan, len(rows)), "plan": way.to_dict()}
+                batches = tuple(BatchCost(**f) for f in ask_child(folder, asked))
+        size = best_batch(batches, memory) if plan.batch.source != "asked" else None
+        left = MAX_SECONDS - START_SECONDS - (time.monotonic() - start)
+        loading = _loading(folder, ask, plan, best, size, left, asked=request.measure is not None)
+    found = Measured(batch=plan.batch.value, steps=steps, batches=batches, loading=loading, memory=memory,
+                     allocator=allocator,
                      seconds=time.monotonic() - start)  # fmt: skip
     if best is not None:
         with contextlib.suppress(OSError, StorageError):  # a cache: what was measured serves this run without it
@@ -97,34 +119,85 @@ def measure(
     return found
 
 
-def ways_to_execute(plan: Plan, machine: MachineFacts) -> list[tuple[str, bool]]:
-    """Precision and memory format, plain fp32 first; half precision only where the hardware has it."""
-    half = ["bf16"] if machine.native_bf16 else ["fp16"] if machine.device == "cuda" else []
-    ways = [("fp32", False), ("fp32", True), *((p, last) for p in half for last in (True, False))]
-    asked = (plan.precision.value, plan.channels_last.value)
-    return ways if asked in ways else [*ways, asked]
+def _compiled(folder: Path, ask: dict[str, Any], way: Plan, best: StepCost, mode: str) -> StepCost:
+    """The best eager way, compiled: measured in a process that is ended if it takes too long."""
+    limit = 2 * MAX_SECONDS if way.compile.source == "asked" else COMPILE_SECONDS
+    asked = {**ask, "what": "compile", "way": asdict(best), "mode": mode, "plan": way.to_dict()}
+    found = ask_child(folder, asked, limit)
+    if found:
+        return StepCost(**found[0])
+    return replace(best, compile=mode, seconds=0.0, problem=f"not compiled within {limit:.0f} s, or the process died")
 
 
-def _executed(plan: Plan, precision: str, channels_last: bool) -> Plan:
-    """The plan in another way of execution."""
-    return replace(plan, precision=Decision(precision, "", "rule"), channels_last=Decision(channels_last, "", "rule"))
+def _sizes(plan: Plan, num_train: int) -> list[int]:
+    """The batch sizes to try, upwards; one that was asked for among them, to be compared."""
+    asked = {plan.batch.value} if plan.batch.source == "asked" else set()
+    return sorted({*batch_candidates(num_train), *asked})
 
 
-def _ended_by_memory(found: Measured) -> bool:
-    """Whether larger batches were left out for want of memory, which may be there now."""
-    return any(b.problem or b.memory > found.memory for b in found.batches)
+def _loading(
+    folder: Path, ask: dict[str, Any], plan: Plan, way: StepCost | None, size: BatchCost | None, left: float, *,
+    asked: bool,
+) -> tuple[LoadCost, ...]:  # fmt: skip
+    """What the step waits for data, executed as it will be, within the seconds that are left for measuring."""
+    if way is None:
+        return ()
+    plan = plan.changed(precision=way.precision, channels_last=way.channels_last)
+    plan = plan if size is None else plan.changed(batch=size.batch)
+    step = (size or way).seconds
+    seconds = min(left, _loading_seconds(plan, ask["num_train"], step))
+    if seconds < LOADING_STEPS * step and not asked:
+        return ()
+    seconds = max(seconds, LOADING_LEAST)
+    ask = {**ask, "what": "loading", "seconds": seconds, "num_cores": num_cores(), "plan": plan.to_dict()}
+    found = [LoadCost(**f) for f in ask_child(folder, ask)]
+    return tuple({cost.key: cost for cost in found}.values()) or (  # the later counts
+        LoadCost(cache=plan.cache.value, workers=0, prefetch=plan.prefetch.value, problem="could not be measured"),
+    )
+
+
+def _loading_seconds(plan: Plan, num_train: int, step: float) -> float:
+    """For measuring loading; 0 where the run is too short to gain by knowing, or its steps too long to count enough."""
+    seconds = min(LOADING_SECONDS, RUN_SHARE / 4 * num_train / plan.batch.value * plan.epochs.value * step)
+    return seconds if seconds >= max(START_SECONDS / 4, LOADING_STEPS * step) else 0.0
+
+
+def _still_holds(earlier: Measured, plan: Plan, num_train: int, memory: int) -> bool:
+    """Whether nothing was left out then that would be measured now: larger batches for want of memory, which may be
+    there by now, or loading for a run that was short."""
+    ended_by_memory = any(b.problem or b.memory > earlier.memory for b in earlier.batches)
+    if ended_by_memory and memory > 1.1 * earlier.memory:
+        return False
+    way, size = (
+        best_execution(matching(earlier.steps, plan.precision, plan.channels_last)),
+        best_batch(earlier.batches, memory),
+    )
+    plan = plan if size is None else plan.changed(batch=size.batch)
+    return bool(earlier.loading) or way is None or not _loading_seconds(plan, num_train, (size or way).seconds)
 
 
 def _key(plan: Plan, index: DatasetIndex, num_train: int, machine: MachineFacts) -> str:
     """What the measurements depend on: the step, the machine and the versions."""
     names = ("model", "imgsz", "optimizer", "ema", "augment", "mixup", "cutmix", "erase", "dropout", "drop_path",
-             "balance", "label_smoothing", "clip", "device", "threads", "batch", "accumulate", "pretrained")  # fmt: skip
+             "balance", "label_smoothing", "clip", "device", "threads", "batch", "accumulate", "pretrained", "epochs",
+             "deterministic")  # fmt: skip
     parts = {name: getattr(plan, name).value for name in names}
     versions = [metadata.version(name) for name in ("torch", "timm")]
-    asked = [getattr(plan, n).value for n in ("precision", "channels_last") if getattr(plan, n).source == "asked"]
+    asked = [
+        getattr(plan, n).value for n in ("precision", "channels_last", "compile") if getattr(plan, n).source == "asked"
+    ]
     text = json.dumps([parts, asked, plan.batch.source, len(index.class_names), batch_candidates(num_train),
-                       machine.device_name, machine.num_cores, versions])  # fmt: skip
+                       machine.device_name, machine.num_cores, versions, _loading_key(plan, index)])  # fmt: skip
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _loading_key(plan: Plan, index: DatasetIndex) -> list[Any]:
+    """What loading depends on beside the step: its options, and what decoding costs, by size and kind of the files."""
+    asked = [getattr(plan, n).value for n in ("workers", "prefetch") if getattr(plan, n).source == "asked"]
+    pixels = float(np.median(index.sizes.astype(float).prod(axis=1))) if index.sizes is not None else 1.0
+    kind = round(float(np.log2(max(1.0, pixels)))), index.file(0).suffix.lower()
+    place = str(index.root) if plan.cache.value == "off" else ""  # a cache hides how fast the files' disk is
+    return [plan.cache.value, plan.cache.source, plan.policy.value, asked, *kind, place]
 
 
 def _write_batch(folder: Path, plan: Plan, index: DatasetIndex, rows: npt.NDArray[np.int64]) -> None:
@@ -135,18 +208,22 @@ def _write_batch(folder: Path, plan: Plan, index: DatasetIndex, rows: npt.NDArra
     np.savez(folder / "batch.npz", images=images, targets=index.targets[rows])
 
 
-def _ask(folder: Path, ask: dict[str, Any]) -> list[dict[str, Any]]:
-    """Run a process on what is asked; its findings, also if it died or took far too long."""
+def ask_child(folder: Path, ask: dict[str, Any], seconds: float = 2 * MAX_SECONDS) -> list[dict[str, Any]]:
+    """Run a process on what is asked; its findings, also if it died or took longer than `seconds`.
+
+    It answers into a file: compilers that it started would hold a pipe open after its end.
+    """
     write_json(folder / "ask.json", ask)
-    process = subprocess.Popen([sys.executable, "-m", "goodfit.api.probe", str(folder)], stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, text=True)  # fmt: skip
-    try:
-        output, _ = process.communicate(timeout=2 * MAX_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        output, _ = process.communicate()
-    finally:
-        process.kill()
+    with open(folder / "found", "w+", encoding="utf-8") as answers:
+        process = subprocess.Popen([sys.executable, "-m", "goodfit.api.probe_child", str(folder)], stdout=answers,
+                                   stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=seconds)
+        finally:
+            _end(process)
+        answers.seek(0)
+        output = answers.read()
     found = []
     for line in output.splitlines():
         with contextlib.suppress(ValueError):  # cut off when the process died, or a library's own words
@@ -159,66 +236,11 @@ def _ask(folder: Path, ask: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def answer(folder: Path, ask: dict[str, Any]) -> Iterator[StepCost | BatchCost]:
-    """What the process of its own does: build the training step of the plan, and time it."""
-    from goodfit.api.assemble import assemble_step, assemble_task, execution
-    from goodfit.engine.device import DevicePolicy
-    from goodfit.engine.ranks import Ranks
-    from goodfit.planning.measure import measure_batches, measure_executions, timed_step
-
-    plan = Plan.from_dict(ask["plan"])
-    if plan.device.value == "cpu":
-        _limit_memory(ask["memory"])
-    with np.load(folder / "batch.npz") as stored:  # arrays of numbers only: allow_pickle is off
-        images, targets = stored["images"], stored["targets"]
-    task = assemble_task(plan, ask["class_names"], np.array(ask["counts"]))
-    steps_per_epoch = max(1, ask["num_train"] // plan.batch.value)
-
-    def group_of(size: int) -> Sequence[MicroBatch]:
-        rows = np.arange(size) % len(targets)
-        parts = np.array_split(rows, plan.accumulate.value)
-        return [MicroBatch(part, task.collate(images[part].transpose(0, 3, 1, 2), targets[part])) for part in parts]
-
-    def build(precision: str, channels_last: bool) -> Any:
-        return assemble_step(_executed(plan, precision, channels_last), task, steps_per_epoch, Ranks())[:2]
-
-    with execution(plan):
-        held = DevicePolicy(kind=plan.device.value, precision="fp32", channels_last=False).peak_memory()
-        if "ways" in ask:
-            group = group_of(plan.batch.value)
-            state, context = build(plan.precision.value, plan.channels_last.value)
-            for _ in range(2):
-                second = timed_step(state, context, group)
-            del state
-            seconds = budget(second * steps_per_epoch * plan.epochs.value)
-            yield from measure_executions(build, group, ask["ways"], seconds)
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process with all that it started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
         else:
-            state, context = build(plan.precision.value, plan.channels_last.value)
-            yield from measure_batches(state, context, group_of, ask["sizes"], ask["memory"], MAX_SECONDS / 2, held)
-
-
-def _limit_memory(num_bytes: int) -> None:
-    """Let this process fail by itself before the machine runs out of memory and ends somebody else's."""
-    with contextlib.suppress(ImportError, ValueError, OSError, AttributeError):
-        import resource
-
-        import psutil
-
-        held = psutil.Process().memory_info().data  # address space with libraries' own buffers; not resident memory
-        resource.setrlimit(resource.RLIMIT_DATA, (held + num_bytes, resource.getrlimit(resource.RLIMIT_DATA)[1]))
-
-
-def budget(projected: float) -> float:
-    """Seconds for timing the ways: half of a minute, or of 5 % of the projected run, less what the process takes to start."""
-    return max(0.0, min(MAX_SECONDS, RUN_SHARE * projected) / 2 - START_SECONDS)
-
-
-def main() -> None:
-    """Answer `ask.json` of the folder given, one line of JSON per finding."""
-    folder = Path(sys.argv[1])
-    for cost in answer(folder, read_json(folder / "ask.json")):
-        print(json.dumps(asdict(cost)), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+            process.kill()
+    process.wait()

@@ -5,20 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from goodfit.api.assemble import Parts, assemble, execution, run_hashes
+from goodfit.api.decide import decide
 from goodfit.api.finish import bundle_stage, final_test, load_best, picture_stage, report_stage, write_result
 from goodfit.api.folder import AUDIT, PLAN, SPLIT, Run, check_name, create_folder, data_name, open_run, save_request
 from goodfit.api.inspect import page_stage, suspect_stage
-from goodfit.api.prepare import base_plan, decide, progress_of, read_and_audit, stage
+from goodfit.api.prepare import base_plan, progress_of, read_and_audit, stage
 from goodfit.api.verdict import disk_stage, projection_stage, time_stage
 from goodfit.config.parse import read_request
-from goodfit.config.plan import Plan
+from goodfit.config.plan import Decision, Plan
 from goodfit.config.request import TrainRequest, options
 from goodfit.core.errors import DataError, ExportError, GoodfitError, Stopped, StorageError
 from goodfit.core.journal import Journal, read_lines
@@ -32,12 +33,14 @@ from goodfit.engine.loop import fit, halve_micro_batch, is_out_of_memory
 from goodfit.engine.stop import StopFlag
 from goodfit.models.builder import build_network
 from goodfit.outcome.export import TOLERANCE, traced_difference
-from goodfit.planning.rehearsal import Material, rehearse
+from goodfit.planning.checks import Check
+from goodfit.planning.rehearsal import Material, RehearsalError, describe_checks, rehearse
 from goodfit.watch.metrics_file import MetricsFile
 from goodfit.watch.terminal import Terminal
 
 NUM_BATCHES = 4  # of training, for the rehearsal ...
 LOADING_SECONDS = 2.0  # ... as far as they are loaded by then
+CHECKS = "rehearsal.txt"
 NUM_SERVED = 16  # training samples that also go through the serving path, to be compared
 
 
@@ -76,7 +79,7 @@ def train(data: str | Path | None = None, **asked: Any) -> Run:
             cache_stage(parts, journal)
             picture_stage(Run(folder), parts, journal)
             if plan.rehearse.value:
-                rehearsal_stage(parts, journal)
+                rehearsal_stage(parts, journal, folder)
             with training(Run(folder), parts, journal) as (checkpoints, stop):
                 fit(parts.state, parts.context, parts.train, parts.val, settings=parts.settings,
                     checkpoints=checkpoints, journal=journal, stop=stop)  # fmt: skip
@@ -118,8 +121,12 @@ def cache_stage(parts: Parts, journal: Journal) -> None:
         note.text = parts.store.warm(parts.plan.threads.value, progress)
 
 
-def rehearsal_stage(parts: Parts, journal: Journal) -> None:
-    """Stage `rehearse`: raises TrainingError if the model would not learn."""
+def rehearsal_stage(parts: Parts, journal: Journal, folder: Path | None = None) -> None:
+    """Stage `rehearse`: raises RehearsalError if the model would not learn.
+
+    Args:
+        folder: The run's, for `rehearsal.txt`: every check, its evidence and its meaning, whether they passed or not.
+    """
     with stage(journal, "rehearse") as note:
         found = None
         while found is None:
@@ -134,8 +141,21 @@ def rehearsal_stage(parts: Parts, journal: Journal) -> None:
                 if not is_out_of_memory(error):
                     raise
                 halve_micro_batch(parts.state, parts.train, journal, parts.context)
+            except RehearsalError as error:
+                error.where = _write_checks(folder, error.checks)
+                raise
+        _write_checks(folder, found.checks)
         note.text = f"{found.describe()} · {found.bare_rate:,.0f} img/s bare step"
         note.fields = {"bare_rate": found.bare_rate, "checks": [check.to_dict() for check in found.checks]}
+
+
+def _write_checks(folder: Path | None, checks: Sequence[Check]) -> str:
+    """Write `rehearsal.txt` into a run's folder, if there is one. Returns its path."""
+    if folder is None:
+        return ""
+    pictures = f"labels drawn on the exact tensors of a batch: {folder / 'plots' / 'train_batch.png'}\n"
+    write_text(folder / CHECKS, describe_checks(checks) + (pictures if (folder / "plots").is_dir() else ""))
+    return str(folder / CHECKS)
 
 
 def rehearsal_material(parts: Parts) -> Material:
@@ -176,17 +196,18 @@ def continue_from(parts: Parts, checkpoints: Checkpoints, journal: Journal, even
     journal.emit("stage", name="resume", text=f"from step {progress.step}, epoch {progress.epoch + 1}{gone}")
 
 
-def resume(run: str | Path, *, workers: int | None = None) -> Run:
+def resume(run: str | Path, *, workers: int | None = None, latency: str | float | None = None) -> Run:
     """Go on with a run that was stopped, exactly as if it had not been; a finished run is returned unchanged.
 
     Args:
         run: Its folder.
         workers: Other number of loader processes; the result is the same with any.
+        latency: Another limit for the bundle, as "20ms", where it was over the one of the plan.
 
     Raises:
         RequestError: the folder is not a run.
         DataError: files of the dataset changed since the run began.
-        StorageError: the run is held by another process, or its records are damaged.
+        StorageError: the run is held by another process, its records are damaged, or the disk is too small for the rest.
     """
     opened = open_run(run)
     if (opened.path / "result.json").is_file():
@@ -194,11 +215,16 @@ def resume(run: str | Path, *, workers: int | None = None) -> Run:
     journal = Journal(None, (Terminal(),))
     with run_lock(opened.path), _recorded(journal, opened.path):
         parts = reopen(opened, journal, workers=workers)
+        if latency is not None:
+            limit = read_request({"latency": latency}, allowed=("latency",)).latency or 0.0
+            decision = Decision(limit, "asked for when the run was resumed", "asked")
+            parts = replace(parts, plan=replace(parts.plan, latency=decision))
+        disk_stage(opened.path, parts, resumed=True)
         with execution(parts.plan):
             cache_stage(parts, journal)
             rehearsed = any(e["event"] == "stage" and e["name"] == "rehearse" for e in opened.events)
             if parts.plan.rehearse.value and not rehearsed:
-                rehearsal_stage(parts, journal)
+                rehearsal_stage(parts, journal, opened.path)
             with training(opened, parts, journal) as (checkpoints, stop):
                 fit(parts.state, parts.context, parts.train, parts.val, settings=parts.settings,
                     checkpoints=checkpoints, journal=journal, stop=stop)  # fmt: skip
@@ -286,7 +312,7 @@ def plan(data: str | Path | None = None, **asked: Any) -> Planned:
     """As `train`, but stops after the plan; nothing is written."""
     request: TrainRequest = read_request({"data": data, **asked} if data is not None else asked)
     base = base_plan(request)
-    journal = Journal(None, ())
+    journal = Journal(None, (Terminal(),) if request.batch_study else ())  # minutes: said before they are spent
     audited = read_and_audit(request, journal, base)
     return Planned(decide(request, audited, journal, base), audited.to_dict())
 
@@ -301,7 +327,8 @@ def _recorded(journal: Journal, folder: Path) -> Iterator[None]:
         error.next = error.next.replace("RUN", str(folder))
         if not error.where and isinstance(error, Stopped):
             error.where = str(folder)
-        journal.emit("failed", **error.describe())
+        checks = [c.to_dict() for c in error.checks] if isinstance(error, RehearsalError) else []
+        journal.emit("failed", **error.describe(), **({"checks": checks} if checks else {}))
         raise
     except BaseException as error:
         journal.emit("failed", status="failed", error=f"{type(error).__name__}: {error}")

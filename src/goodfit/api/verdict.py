@@ -8,46 +8,80 @@ from typing import Any
 
 from goodfit.api.assemble import Parts
 from goodfit.api.folder import Run
+from goodfit.api.prepare import stage
 from goodfit.core.history import bare_rate
 from goodfit.core.journal import Journal
 from goodfit.core.machine import num_cores
 from goodfit.core.places import cache_folder, free_bytes
+from goodfit.engine.checkpoint import has_finished
+from goodfit.engine.loop import is_out_of_memory
 from goodfit.outcome.utilisation import Verdict, utilisation
+from goodfit.planning.pace import Pace, measure_pace
 from goodfit.planning.projection import Projection, check_disk, measure_outcome, project
 
 
-def disk_stage(folder: Path, parts: Parts) -> None:
+def disk_stage(folder: Path, parts: Parts, *, resumed: bool = False) -> None:
     """Refuse, before anything is decoded or trained, a run for which the disk is too small.
+
+    Args:
+        folder: The run's.
+        resumed: It was begun earlier: what it wrote already needs no more room.
 
     Raises:
         StorageError: less is free than it needs.
     """
     to_write = parts.plan.cache.value == "disk" and parts.store.num_bytes > 0 and not parts.store.path.is_file()
-    check_disk(project_run(parts, 0.0), folder, cache_here=to_write and _same_disk(folder, cache_folder()))
+    present = folder_bytes(folder / "checkpoints") + folder_bytes(folder / "bundle") if resumed else None
+    check_disk(project_run(parts, None), folder, cache_here=to_write and _same_disk(folder, cache_folder()),
+               present=present, trained=resumed and has_finished(folder / "checkpoints"))  # fmt: skip
 
 
-def project_run(parts: Parts, rate: float) -> Projection:
-    """The projection of a run from its parts and the bare step's samples per second; 0 if that is unknown.
+def project_run(parts: Parts, pace: Pace | None) -> Projection:
+    """The projection of a run from its parts and its measured pace; None if that is unknown.
 
-    Once the rehearsal gave that rate, the memory is its peak: it took the run's own steps, with its pictures in place.
+    Memory is what was taken with all that an epoch does, and the validation pictures that will be kept besides.
     """
     model = parts.state.model
     return project(
         parts.plan, num_val=len(parts.val.rows), steps_per_epoch=parts.train.steps_per_epoch,
         num_parameters=sum(p.numel() for p in model.parameters()), num_buffers=sum(b.numel() for b in model.buffers()),
-        bare_rate=rate, cache=parts.store.num_bytes,
-        memory=parts.context.device.peak_memory() if rate else None,
+        pace=pace, cache=parts.store.num_bytes,
+        memory=None if pace is None else pace.memory + (parts.val.bytes_to_keep if parts.plan.device.value == "cpu" else 0),
     )  # fmt: skip
 
 
 def projection_stage(run: Run, parts: Parts, journal: Journal) -> None:
-    """Say once, before the first epoch, what the run will cost at most."""
+    """Say once, before the first epoch, what the run will cost at most; measured where it was rehearsed."""
     events = run.events
     if any(e["event"] == "stage" and e["name"] == "projection" for e in events):
         return
-    made = project_run(parts, bare_rate(events))
+    pace = None
+    if bare_rate(events):
+        with stage(journal, "pace") as note:
+            pace = _pace(run, parts, bare_rate(events))
+            note.text = pace.describe() if pace is not None else "unknown: memory ran out beside the rehearsal's"
+            note.fields = None if pace is None else {"pace": pace.to_dict()}
+    made = project_run(parts, pace)
     free = free_bytes(run.path)
     journal.emit("stage", name="projection", text=made.describe(free), free=free, projected=made.to_dict())
+
+
+def _pace(run: Run, parts: Parts, rate: float) -> Pace | None:
+    """The run's pace; None where its copies found no room: training itself, which needs less, deals with that."""
+    try:
+        return measure_pace(
+            parts.state,
+            parts.context,
+            parts.train,
+            parts.val,
+            folder=run.path,
+            bare_rate=rate,
+            compiled=parts.plan.compile.value,
+        )
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
 
 
 def time_stage(run: Run, parts: Parts, journal: Journal) -> None:
@@ -69,9 +103,13 @@ def compare_projection(run: Run) -> dict[str, Any]:
     events = run.events
     made = [e["projected"] for e in events if e["event"] == "stage" and e["name"] == "projection"]
     epochs = [e for e in events if e["event"] == "epoch"]
+    return {"projected": made[-1] if made else None, "achieved": measure_outcome(epochs, folder_bytes(run.path))}
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder; 0 if there is none."""
     # os.walk does not enter links: `checkpoints/best` and `last` are counted where they point.
-    size = sum(os.lstat(os.path.join(top, name)).st_size for top, _, names in os.walk(run.path) for name in names)
-    return {"projected": made[-1] if made else None, "achieved": measure_outcome(epochs, size)}
+    return sum(os.lstat(os.path.join(top, name)).st_size for top, _, names in os.walk(folder) for name in names)
 
 
 def _same_disk(one: Path, other: Path) -> bool:

@@ -51,10 +51,10 @@ def resume(places: Words, asked: Asked) -> Answer:
     from goodfit.config.parse import parse_request
 
     run = _one(places, asked, "run")
-    request = parse_request(asked, allowed=("workers",))
+    request = parse_request(asked, allowed=("workers", "latency"))
     if run is None:
         raise RequestError("No run was given.", next="goodfit resume runs/NAME")
-    return _finished(resume(run, workers=request.workers))
+    return _finished(resume(run, workers=request.workers, latency=asked.get("latency")))
 
 
 def test(places: Words, asked: Asked) -> Answer:
@@ -88,6 +88,7 @@ def audit(places: Words, asked: Asked) -> Answer:
 def plan(places: Words, asked: Asked) -> Answer:
     """Decide everything and stop there; nothing is written."""
     from goodfit.api.train import plan
+    from goodfit.config.execution import unwise
 
     made = plan(_one(places, asked, "data"), **asked).plan
     value = made.to_dict()
@@ -95,7 +96,8 @@ def plan(places: Words, asked: Asked) -> Answer:
     lines = [
         f"{n:<{width}}  {_short(d['value']):<28} {d['source']:<9} {d['reason']}" for n, d in value["decisions"].items()
     ]
-    return Answer(value, [*lines, *(made.measured.table() if made.measured is not None else [])])
+    lines += made.measured.table() if made.measured is not None else []
+    return Answer(value, [*lines, *(f"warning   {text}" for text in unwise(made))])
 
 
 def predict(places: Words, asked: Asked) -> Answer:
@@ -127,7 +129,7 @@ COMMANDS: dict[str, Callable[[Words, Asked], Answer]] = {
 }  # fmt: skip
 USAGE = {
     "train": "goodfit train FOLDER [key=value ...]", "demo": "goodfit demo [key=value ...]",
-    "resume": "goodfit resume RUN [workers=N]", "test": "goodfit test RUN", "audit": "goodfit audit FOLDER [key=value ...]",
+    "resume": "goodfit resume RUN [workers=N] [latency=MS]", "test": "goodfit test RUN", "audit": "goodfit audit FOLDER [key=value ...]",
     "plan": "goodfit plan FOLDER [key=value ...]", "predict": "goodfit predict BUNDLE IMAGE... [table=true]",
 }  # fmt: skip
 

@@ -19,7 +19,7 @@ class Chooser:
 
     def __call__(self, name: str, rule: T, reason: str, source: Source = "rule") -> Decision[T]:
         """One decision: `rule` with its reason and source, unless it was asked for or decided earlier."""
-        asked = getattr(self.request, name)
+        asked = getattr(self.request, name, None)  # some decisions cannot be asked for
         if asked is not None:
             return Decision(asked, "asked for", "asked")
         if self.base is not None:

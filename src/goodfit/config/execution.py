@@ -8,31 +8,64 @@ from typing import Any
 
 from goodfit.config.chooser import Chooser
 from goodfit.config.facts import DataFacts, Facts, MachineFacts
-from goodfit.config.measured import Measured, StepCost, best_batch, best_execution, explain_batch, explain_execution
-from goodfit.config.plan import Decision
+from goodfit.config.loading import best_loading, explain_loading, unwise_loading
+from goodfit.config.measured import (
+    ALLOCATOR_LOSS,
+    WORTHWHILE,
+    Measured,
+    StepCost,
+    best_batch,
+    best_execution,
+    explain_batch,
+    explain_compile,
+    explain_execution,
+)
+from goodfit.config.plan import Decision, Plan
+from goodfit.config.study import choose_studied
 from goodfit.core.errors import RequestError
 
 BATCH = 64
+UNWISE = "asked for; "  # begins the reason of what was asked and is slow
 MIN_BATCH = 16
 MIN_STEPS_PER_EPOCH = 20
+PREFETCH = 2
+MUCH_FASTER = 1.2  # times as fast, from which something asked for is worth a warning
+COMPILE_PAYS = 1800.0  # projected seconds of a run from which compiling is measured
 CACHE_SECONDS = 30.0  # of decoding, from which a cache is worth a file
 
 
 def choose_batch(choose: Chooser, facts: Facts) -> tuple[Decision[int], Decision[int]]:
-    """Samples per update, and in how many parts: as measured, else by rule.
+    """Samples per update, and in how many parts: as studied, else as measured, else by rule.
 
     Raises:
         RequestError: what was asked does not fit together.
     """
     data, measured = facts.data, facts.measured
     found = best_batch(measured.batches, measured.memory) if measured is not None else None
-    if measured is not None and found is not None:
+    timed = not choose.request.deterministic
+    studied = choose_studied(measured.study, measured.rates(), within=WORTHWHILE, timed=timed) if measured else None
+    if studied is not None:
+        batch = choose("batch", *studied, "measured")
+    elif measured is not None and found is not None:
         batch = choose("batch", found.batch, explain_batch(measured.batches, found, measured.memory), "measured")
     else:
         batch = choose("batch", usual_batch(data.num_train), _batch_reason(data.num_train))
+    if measured is not None and batch.source == "asked":
+        batch = _slow_batch(batch, measured)
+    if measured is not None and measured.study_problem:
+        batch = replace(batch, reason=f"{batch.reason}; batch=study was not done: {measured.study_problem}")
     accumulate = choose("accumulate", 1, "the batch fits at once")
     _check_batch(batch, accumulate, data)
     return batch, accumulate
+
+
+def _slow_batch(batch: Decision[int], measured: Measured) -> Decision[int]:
+    """What was asked stays, with what it costs where another size is at least a fifth faster."""
+    asked = next((b for b in measured.batches if b.batch == batch.value and b.seconds), None)
+    best = best_batch(measured.batches, measured.memory)
+    if asked is None or best is None or best.rate < MUCH_FASTER * asked.rate:
+        return batch
+    return replace(batch, reason=f"{UNWISE}{best.batch} would be {best.rate / asked.rate:.1f} times as fast here")
 
 
 def batch_candidates(num_train: int) -> tuple[int, ...]:
@@ -94,27 +127,68 @@ def _cache(choose: Chooser, facts: Facts, imgsz: int, epochs: int) -> Decision[s
 def choose_execution(choose: Chooser, facts: Facts, imgsz: int, epochs: int) -> dict[str, Any]:
     """Precision, memory format, device, threads, cache and loader processes, by their names in the plan."""
     machine = facts.machine
-    precision, channels_last = _arithmetic(choose, machine, facts.measured)
-    cache = _cache(choose, facts, imgsz, epochs)
-    workers = min(8, max(1, machine.num_cores - 1))
+    precision, channels_last, compiled = _arithmetic(choose, facts, epochs)
     return {
         "precision": precision,
         "channels_last": channels_last,
+        "compile": compiled,
+        "allocator": _allocator(choose, machine, facts.measured),
         "device": Decision(machine.device, machine.device_reason, "asked" if choose.request.device else "rule"),
         "threads": choose("threads", machine.num_cores, f"{machine.num_cores} cores"),
-        "cache": cache,
-        "workers": choose(
-            "workers",
-            workers if cache.value == "off" else 0,
-            "decoding runs beside the model" if cache.value == "off" else "the cache makes them needless",
-        ),
+        **_loading(choose, facts, _cache(choose, facts, imgsz, epochs)),
     }  # fmt: skip
 
 
-def _arithmetic(
-    choose: Chooser, machine: MachineFacts, measured: Measured | None
-) -> tuple[Decision[str], Decision[bool]]:
-    """Precision and memory format: the fastest that agrees with fp32, where it was measured; else what usually is."""
+def _loading(choose: Chooser, facts: Facts, cache: Decision[str]) -> dict[str, Any]:
+    """Cache, loader processes and batches ahead: what an update waits for data, where that was measured, else by rule."""
+    cores, costs = facts.machine.num_cores, facts.measured.loading if facts.measured is not None else ()
+    off = cache.value == "off"
+    workers = choose("workers", min(8, max(1, cores - 1)) if off else 0,
+                     "decoding runs beside the model" if off else "the cache makes them needless")  # fmt: skip
+    prefetch = choose("prefetch", PREFETCH, "one that is used and one that is made")
+    best = best_loading(costs, cache=cache.value, workers=workers.value if workers.source == "asked" else None,
+                        prefetch=prefetch.value if prefetch.source == "asked" else None)  # fmt: skip
+    if best is None:
+        return {"cache": cache, "workers": workers, "prefetch": prefetch}
+    why = explain_loading(costs, best, num_cores=cores)
+    workers = choose("workers", best.workers, why, "measured")
+    if best.workers:
+        prefetch = choose("prefetch", best.prefetch, "as measured with workers", "measured")
+    if choose.base is not None:
+        return {"cache": cache, "workers": workers, "prefetch": prefetch}
+    if workers.source == "asked" and (loss := unwise_loading(costs, best, of="workers")):
+        workers = replace(workers, reason=f"asked for; {loss}")
+    if cache.source == "asked" and (loss := unwise_loading(costs, best, of="cache")):
+        cache = replace(cache, reason=f"asked for; {loss}")
+    return {"cache": cache, "workers": workers, "prefetch": prefetch}
+
+
+def _allocator(choose: Chooser, machine: MachineFacts, measured: Measured | None) -> Decision[str]:
+    """Whether freed memory is kept for the next step: yes, unless it is measured slower by more than 2 %.
+
+    A change that needed another process, as jemalloc does, would have to gain 5 %. This one is made in the running
+    process and costs 5 % more memory held, so it has to gain nothing to be taken: it only must not lose.
+    """
+    if not machine.has_mallopt:
+        return choose("allocator", "system", "this C library has no such setting")
+    found = measured.allocator if measured is not None else None
+    if found is None or not found.ratio:
+        return choose(
+            "allocator", "keep", "freed memory is kept for the next step: fewer page faults, 5 % more memory held"
+        )
+    keep = found.ratio >= 1 - ALLOCATOR_LOSS
+    text = f"freed memory is {'kept' if keep else 'not kept, which was'}: {found.ratio:.2f} × as fast (interleaved)"
+    return choose("allocator", "keep" if keep else "system", text, "measured")
+
+
+def _arithmetic(choose: Chooser, facts: Facts, epochs: int) -> tuple[Decision[str], Decision[bool], Decision[str]]:
+    """Precision, memory format and compiling: what takes the least time in this run and agrees with fp32, where it was
+    measured; else what usually does.
+
+    Raises:
+        RequestError: this device does not have what was asked for.
+    """
+    machine, measured = facts.machine, facts.measured
     if machine.device == "cuda":
         usual = ("bf16", "this GPU has it") if machine.native_bf16 else ("fp16", "this GPU has no bf16")
     elif machine.device == "cpu" and machine.native_bf16:
@@ -124,18 +198,74 @@ def _arithmetic(
     last = machine.device != "mps"
     precision = choose("precision", *usual)
     channels_last = choose("channels_last", last, "faster convolutions" if last else "slower on this device")
+    compiled = choose("compile", "off", "not measured: compiling takes time at the start of every run")
+    _check_device(machine, precision.value, compiled.value)
     steps = measured.steps if measured is not None else ()
-    free = {"precision": precision.source != "asked", "channels_last": channels_last.source != "asked"}
-    best = best_execution(matching(steps, precision, channels_last))
+    updates = epochs * max(1, facts.data.num_train // measured.batch) if measured is not None else 1
+    kept = matching(steps, precision, channels_last)
+    best = best_execution([s for s in kept if compiled.source != "asked" or s.compile == compiled.value], updates)
+    best = best or best_execution([s for s in kept if s.compile == "off"], updates)  # the asked compiling did not work
     if best is None:
-        return precision, channels_last
+        return precision, channels_last, compiled
     why = explain_execution(steps, best)
-    if free["precision"]:
+    free = precision.source != "asked"
+    if free:
         precision = choose("precision", best.precision, why, "measured")
-    if free["channels_last"]:
-        channels_last = choose("channels_last", best.channels_last, why if not free["precision"] else
+    if channels_last.source != "asked":
+        channels_last = choose("channels_last", best.channels_last, why if not free else
                                f"with precision, {1e3 * best.seconds:.0f} ms a step", "measured")  # fmt: skip
-    return _warned(precision, channels_last, steps, best)
+    compiled = _compile(choose, steps, best)
+    return _warned(precision, channels_last, compiled, steps, best, updates)
+
+
+def _check_device(machine: MachineFacts, precision: str, compiled: str) -> None:
+    if precision == "tf32" and not (machine.device == "cuda" and machine.native_bf16):
+        raise RequestError(f"precision=tf32: {machine.device_name} has no such arithmetic; it came with NVIDIA's Ampere GPUs.",
+                           next="use precision=fp32, or leave precision out")  # fmt: skip
+    if compiled == "reduce-overhead" and machine.device != "cuda":
+        raise RequestError(
+            "compile=reduce-overhead records CUDA graphs, and so needs a CUDA GPU.", next="use compile=default"
+        )
+
+
+def _compile(choose: Chooser, steps: Sequence[StepCost], best: StepCost) -> Decision[str]:
+    figures = explain_compile(steps)
+    if not figures:
+        return choose(
+            "compile", "off", "compiling takes time at the start of every run: not measured where that is short"
+        )
+    decision = choose("compile", best.compile, figures, "measured")
+    return replace(decision, reason=f"asked for: {figures}") if decision.source == "asked" else decision
+
+
+def pays_to_compile(seconds: float) -> bool:
+    """Whether compiling may pay in a run of so many seconds: half an hour or more.
+
+    Compiling resnet18 takes 26 s on two cores. To find out what it gains costs as much again and is given a minute, a
+    thirtieth of half an hour; a gain of 30 % would save seven minutes of it.
+    """
+    return seconds >= COMPILE_PAYS
+
+
+def ways_to_execute(plan: Plan, machine: MachineFacts) -> list[tuple[str, bool]]:
+    """Precision and memory format, plain fp32 first; half precision only where the hardware has it."""
+    lower = ["bf16"] if machine.native_bf16 else ["fp16"] if machine.device == "cuda" else []
+    if machine.device == "cuda" and machine.native_bf16:  # both came with the same generation of GPUs
+        lower = ["tf32", *lower]
+    ways = [("fp32", False), ("fp32", True), *((p, last) for p in lower for last in (True, False))]
+    asked = (plan.precision.value, plan.channels_last.value)
+    return ways if asked in ways else [*ways, asked]
+
+
+def modes_to_try(plan: Plan, machine: MachineFacts, projected: float) -> list[str]:
+    """The modes of torch.compile to measure, on the best eager way: the one that was asked for, so that its cost can be
+    said; else all, if a run of so many seconds is long enough for a gain to pay. Timings never decide on compiling,
+    which changes the arithmetic, where a run must repeat."""
+    if plan.compile.source == "asked":
+        return [plan.compile.value] if plan.compile.value != "off" else []
+    if plan.deterministic.value or not pays_to_compile(projected):
+        return []
+    return ["default", "reduce-overhead"] if machine.device == "cuda" else ["default"]
 
 
 def matching(steps: Sequence[StepCost], precision: Decision[str], channels_last: Decision[bool]) -> list[StepCost]:
@@ -149,13 +279,28 @@ def matching(steps: Sequence[StepCost], precision: Decision[str], channels_last:
 
 
 def _warned(
-    precision: Decision[str], channels_last: Decision[bool], steps: Sequence[StepCost], taken: StepCost
-) -> tuple[Decision[str], Decision[bool]]:
+    precision: Decision[str], channels_last: Decision[bool], compiled: Decision[str], steps: Sequence[StepCost],
+    taken: StepCost, updates: int,
+) -> tuple[Decision[str], Decision[bool], Decision[str]]:  # fmt: skip
     """What was asked stays, with what it costs where something else is at least a fifth faster."""
-    best = best_execution(steps)
-    if best is None or best.seconds * 1.2 > taken.seconds:
-        return precision, channels_last
-    cost = f"asked for; {best.name} would be {taken.seconds / best.seconds:.1f} times as fast here"
-    if precision.source == "asked":
-        return replace(precision, reason=cost), channels_last
-    return precision, replace(channels_last, reason=cost)
+    best = best_execution(steps, updates)
+    if best is None or best.total(updates) * MUCH_FASTER > taken.total(updates):
+        return precision, channels_last, compiled
+    ratio = taken.total(updates) / best.total(updates)
+    cost = f"{UNWISE}{best.name} would be {ratio:.1f} times as fast here"
+    if precision.source == "asked" and precision.value != best.precision:
+        return replace(precision, reason=cost), channels_last, compiled
+    if channels_last.source == "asked" and channels_last.value != best.channels_last:
+        return precision, replace(channels_last, reason=cost), compiled
+    if compiled.source == "asked" and compiled.value != best.compile:
+        return precision, channels_last, replace(compiled, reason=cost)
+    return precision, channels_last, compiled
+
+
+def unwise(plan: Plan) -> list[str]:
+    """One line for each value that was asked for although something measured here is at least 1.2 times as fast."""
+    asked = {name: d for name, d in plan.decisions().items() if d.source == "asked" and d.reason.startswith(UNWISE)}
+    return [
+        f"{name}={str(d.value).lower() if isinstance(d.value, bool) else d.value}: {d.reason}"
+        for name, d in asked.items()
+    ]

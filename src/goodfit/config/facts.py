@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from goodfit.config.latency import Fitted
 from goodfit.config.measured import Measured
 
 
@@ -38,6 +39,7 @@ class MachineFacts:
     num_cores: int
     free_memory: int
     free_disk: int = 0  # where caches are kept
+    has_mallopt: bool = False  # glibc, whose habit of handing memory back can be changed while a process runs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,3 +69,4 @@ class Facts:
     machine: MachineFacts
     model: ModelFacts
     measured: Measured | None = None  # None: rules decide
+    fitted: Fitted | None = None  # what fits the latency limit, where one was asked for

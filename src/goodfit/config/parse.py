@@ -34,7 +34,7 @@ def parse_request(asked: Mapping[str, Any], *, allowed: Sequence[str] | None = N
     problems: list[str] = []
     values: dict[str, Any] = {}
     amp = None
-    asked = _memory_share(asked)
+    asked = _other_fields(asked)
     names = spellings()
     for key, value in asked.items():
         spelling = str(key).replace("-", "_")
@@ -54,6 +54,8 @@ def parse_request(asked: Mapping[str, Any], *, allowed: Sequence[str] | None = N
             problems.append(f"{spelling}={value}: {error}")
     if amp is not None:
         _ask_amp(values, amp, problems)
+    if values.get("lr") is not None and values.get("lr_find"):
+        problems.append(f"lr={values['lr']:g} contradicts lr=find: one of them")
     if problems:
         count = "One option" if len(problems) == 1 else f"{len(problems)} options"
         raise RequestError(
@@ -97,6 +99,8 @@ def coerce(name: str, option: Option, value: Any) -> Any:
         return _to_bool(value)
     if option.kind in ("int", "float"):
         return _to_number(option, value)
+    if option.kind == "milliseconds":
+        return _to_milliseconds(option, value)
     if option.kind == "choice":
         return _to_choice(name, option, value)
     if option.kind == "split":
@@ -108,19 +112,31 @@ def coerce(name: str, option: Option, value: Any) -> Any:
     raise BadValue("must be text")
 
 
-def _memory_share(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """`batch=0.7` is a share of the memory, not a number of samples."""
+def _other_fields(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Words that are asked of one field and mean another: a share of the memory, a study, a search."""
     made = dict(asked)
-    for spelling in [s for s, name in spellings().items() if name == "batch" and s in made]:
-        text = str(made[spelling]).strip()
-        try:
-            number = float(text.removesuffix("%")) * (0.01 if text.endswith("%") else 1)
-        except ValueError:
-            continue
-        if 0 < number < 1:
-            del made[spelling]
-            made["memory"] = number
+    for field, translate in (("batch", _batch_words), ("lr", _lr_words)):
+        for spelling in [s for s, name in spellings().items() if name == field and s in made]:
+            other = translate(str(made[spelling]).strip().lower())
+            if other is not None:
+                del made[spelling]
+                made[other[0]] = other[1]
     return made
+
+
+def _batch_words(text: str) -> tuple[str, Any] | None:
+    """`batch=0.7` is a share of the memory, not a number of samples; `batch=study` trains the sizes."""
+    if text == "study":
+        return "batch_study", True
+    try:
+        number = float(text.removesuffix("%")) * (0.01 if text.endswith("%") else 1)
+    except ValueError:
+        return None
+    return ("memory", number) if 0 < number < 1 else None
+
+
+def _lr_words(text: str) -> tuple[str, Any] | None:
+    return ("lr_find", True) if text == "find" else None
 
 
 def _ask_amp(values: dict[str, Any], value: Any, problems: list[str]) -> None:
@@ -131,7 +147,7 @@ def _ask_amp(values: dict[str, Any], value: Any, problems: list[str]) -> None:
         problems.append(f"amp={value}: {error}")
         return
     precision = values.get("precision")
-    if precision is not None and amp == (precision == "fp32"):
+    if precision is not None and amp == (precision in ("fp32", "tf32")):
         problems.append(f"amp={str(amp).lower()} contradicts precision={precision}")
     elif not amp:
         values["precision"] = "fp32"
@@ -170,9 +186,24 @@ def _to_number(option: Option, value: Any) -> int | float:
     return int(number) if whole else number
 
 
+_UNITS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
+
+
+def _to_milliseconds(option: Option, value: Any) -> float:
+    """`10ms`, `0.5s`, `800us`, or a number in Python and YAML, which is milliseconds; text without a unit is refused."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(_to_number(option, value))
+    text = str(value).strip().lower().replace(" ", "").replace("µs", "us")
+    unit = next((u for u in _UNITS if text.endswith(u)), None)
+    if unit is None:
+        raise BadValue("must be a time with its unit, as 10ms, 0.5s or 800us")
+    return float(_to_number(option, text.removesuffix(unit))) * _UNITS[unit]
+
+
 _OFF = {"false": "off", "none": "off", "no": "off"}
 _CHOICE_WORDS = {  # other words for a choice; cache=True means "keep them", as elsewhere
-    "cache": {"true": "ram", **_OFF}, "augment": _OFF, "policy": {**_OFF, "trivialaugment": "trivial", "randaugment": "rand"},
+    "cache": {"true": "ram", **_OFF}, "augment": _OFF, "compile": {"true": "default", **_OFF},
+    "policy": {**_OFF, "trivialaugment": "trivial", "randaugment": "rand"},
     "balance": {**_OFF, "weights": "loss"}, "format": {"csv": "table", "tsv": "table", "jsonl": "table", "parquet": "table"},
     "task": {"classification": "classify", "detection": "detect", "segmentation": "segment"},
 }  # fmt: skip

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
+from goodfit.config.latency import LatencyCost
 from goodfit.config.measured import Measured
 from goodfit.core.errors import RequestError
 
 Source = Literal["asked", "rule", "measured"]
+ADDED: dict[str, Any] = {  # decisions that plans of earlier versions lack, and what was done then
+    "compile": "off", "allocator": "keep", "prefetch": 2, "latency": 0.0, "latency_threads": 1,
+}  # fmt: skip
 T_co = TypeVar("T_co", covariant=True)
 
 
@@ -70,10 +74,15 @@ class Plan:
     cutmix: Decision[float]
     precision: Decision[str]
     channels_last: Decision[bool]
+    compile: Decision[str]
     device: Decision[str]
+    allocator: Decision[str]  # "keep" freed memory for the next step, or the "system" default
     threads: Decision[int]
     cache: Decision[str]
     workers: Decision[int]
+    prefetch: Decision[int]  # batches ahead, of each loader process
+    latency: Decision[float]  # most milliseconds for one image in production; 0 is no limit
+    latency_threads: Decision[int]
     seed: Decision[int]
     deterministic: Decision[bool]
     rehearse: Decision[bool]
@@ -82,6 +91,16 @@ class Plan:
     def decisions(self) -> dict[str, Decision[Any]]:
         """Every decision by name, in the order of the schema."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "measured"}
+
+    def changed(self, **values: Any) -> Plan:
+        """The same plan with other values of some decisions: to try something out, not to be kept."""
+        tried: dict[str, Any] = {name: Decision(value, "tried out", "rule") for name, value in values.items()}
+        return replace(self, **tried)
+
+    def with_latencies(self, costs: tuple[LatencyCost, ...]) -> Plan:
+        """The same plan that also records the latencies behind its model and image size."""
+        measured = self.measured or Measured(batch=self.batch.value)
+        return replace(self, measured=replace(measured, latencies=costs))
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values: {"decisions": {name: {"value", "source", "reason"}}}, with "measured" if it was."""
@@ -98,12 +117,14 @@ class Plan:
         table = value.get("decisions") if isinstance(value, dict) else None
         if not isinstance(table, dict):
             raise RequestError("This is not a plan: it has no decisions.", where=where)
+        added = {n: {"value": v, "reason": "an earlier version's way", "source": "rule"} for n, v in ADDED.items()}
+        table = added | table
         expected = {f.name: str(f.type) for f in fields(cls) if f.name != "measured"}
         problems = [f"{name}: no such decision" for name in table if name not in expected]
         problems += [f"{name}: missing" for name in expected if name not in table]
         found: dict[str, Any] = {}
         for name, type_text in expected.items():
-            row = table.get(name)
+            row: Any = table.get(name)
             if not isinstance(row, dict):
                 continue
             kind = type_text.removeprefix("Decision[").removesuffix("]").split("[")[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-Kind = Literal["int", "float", "bool", "text", "choice", "pretrained", "split"]
+Kind = Literal["int", "float", "bool", "text", "choice", "pretrained", "split", "milliseconds"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,9 @@ class TrainRequest:
     project: str | None = _ask("text", "Basic", "folder that holds the runs")
     name: str | None = _ask("text", "Basic", "name of the run's folder", aliases=("run_name",))
     exist_ok: bool | None = _ask("bool", "Basic", "reuse the name of a run that exists: it is replaced")
+    latency: float | None = _ask("milliseconds", "Basic", "most time for one image in production, as 10ms: chooses model and imgsz",
+                                 low=0.001, high=100_000.0)  # fmt: skip
+    latency_threads: int | None = _ask("int", "Basic", "processor threads that production has for it", low=1, high=1024)
     plan: str | None = _ask("text", "Basic", "plan.json of an earlier run: decide as it did")
 
     task: str | None = _ask("choice", "Data", "what is learned", choices=TASKS)
@@ -79,6 +82,8 @@ class TrainRequest:
                              choices=("ram", "disk", "off"))  # fmt: skip
     workers: int | None = _ask("int", "Data", "loader processes; 0 loads in the main process",
                                aliases=("num_workers",), low=0, high=256)  # fmt: skip
+    prefetch: int | None = _ask("int", "Data", "batches that each loader process prepares ahead",
+                                aliases=("prefetch_factor",), low=1, high=64)  # fmt: skip
 
     augment: str | None = _ask("choice", "Augmentation", "strength of the preset",
                                choices=("off", "light", "standard", "strong"))  # fmt: skip
@@ -101,6 +106,7 @@ class TrainRequest:
     lr: float | None = _ask(
         "float", "Optimisation", "peak learning rate of the backbone", aliases=("lr0", "learning_rate"), low=0.0,
         high=100.0)  # fmt: skip
+    lr_find: bool | None = _ask("bool", "Optimisation", "find the learning rate by a range test; also lr=find")
     head_lr: float | None = _ask("float", "Optimisation", "peak learning rate of the new head", low=0.0, high=100.0)
     weight_decay: float | None = _ask("float", "Optimisation", "weight decay (decoupled for adamw)", low=0.0, high=10.0)
     momentum: float | None = _ask("float", "Optimisation", "SGD momentum, or Adam's beta 1", low=0.0, high=0.9999)
@@ -113,6 +119,11 @@ class TrainRequest:
     accumulate: int | None = _ask(
         "int", "Optimisation", "micro-batches per update",
         aliases=("accumulate_grad_batches", "gradient_accumulation_steps"), low=1, high=1024)  # fmt: skip
+    batch_study: bool | None = _ask(
+        "bool",
+        "Optimisation",
+        "train every batch size for a while, and drop those that validate worse; also batch=study",
+    )
     clip: float | None = _ask("float", "Optimisation", "largest gradient norm; 0 is off",
                               aliases=("gradient_clip_val", "max_grad_norm"), low=0.0)  # fmt: skip
     label_smoothing: float | None = _ask("float", "Optimisation", "label smoothing", low=0.0, high=0.9)
@@ -133,8 +144,10 @@ class TrainRequest:
     memory: float | None = _ask("float", "Hardware", "share of the free memory that a batch may take; also batch=0.7",
                                 low=0.01, high=0.99)  # fmt: skip
     precision: str | None = _ask("choice", "Hardware", "arithmetic of the forward pass; also amp=true|false",
-                                 choices=("fp32", "bf16", "fp16"))  # fmt: skip
+                                 choices=("fp32", "tf32", "bf16", "fp16"))  # fmt: skip
     channels_last: bool | None = _ask("bool", "Hardware", "memory format of images and convolutions")
+    compile: str | None = _ask("choice", "Hardware", "torch.compile of the network",
+                               choices=("off", "default", "reduce-overhead"))  # fmt: skip
     threads: int | None = _ask("int", "Hardware", "processor threads of the model", low=1, high=1024)
     deterministic: bool | None = _ask("bool", "Hardware", "only deterministic algorithms, also on a GPU")
     rehearse: bool | None = _ask("bool", "Hardware", "check that the model learns before the long run")

@@ -7,12 +7,13 @@ patience 50, split 70/15/15. Each deviation carries its reason.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from goodfit.config.chooser import Chooser
 from goodfit.config.execution import BATCH, choose_batch, choose_execution
 from goodfit.config.facts import DataFacts, Facts, MachineFacts, ModelFacts
+from goodfit.config.measured import Measured
 from goodfit.config.plan import Decision, Plan
 from goodfit.config.request import TrainRequest
 from goodfit.core.errors import RequestError
@@ -100,9 +101,11 @@ def resolve(request: TrainRequest, facts: Facts, base: Plan | None = None) -> Pl
     data, machine, model = facts.data, facts.machine, facts.model
     pretrained = model.weights_kind != "none"
     imgsz = _image_size(choose, data, machine, model, pretrained)
+    if facts.fitted is not None and facts.fitted.chose_size:
+        imgsz = Decision(facts.fitted.chosen.imgsz, facts.fitted.reason, "measured")
     batch, accumulate = choose_batch(choose, facts)
     optimizer = choose("optimizer", "adamw", "steady over learning rates, the usual choice for fine-tuning")
-    lr, head_lr = _learning_rates(choose, optimizer.value, batch.value, pretrained)
+    lr, head_lr = _learning_rates(choose, optimizer.value, batch.value, pretrained, facts.measured)
     epochs = choose("epochs", 300, "a budget: early stopping ends the run when it stops improving")
     return Plan(
         **_data_decisions(request, data, base),
@@ -132,11 +135,20 @@ def resolve(request: TrainRequest, facts: Facts, base: Plan | None = None) -> Pl
         min_delta=choose("min_delta", 0.001, "the guides' default, relative"),
         **_balance(choose, data),
         **choose_execution(choose, facts, imgsz.value, epochs.value),
+        latency=_latency(choose, facts),
+        latency_threads=choose("latency_threads", machine.num_cores, f"{machine.num_cores} cores here"),
         seed=choose("seed", 0, "fixed, so that the run can be repeated"),
         deterministic=choose("deterministic", False, "the CPU repeats itself anyway; on a GPU it costs speed"),
         rehearse=choose("rehearse", True, "a minute now against a night lost"),
-        measured=facts.measured if base is None else base.measured,
+        measured=_figures(facts.measured, base),
     )
+
+
+def _figures(measured: Measured | None, base: Plan | None) -> Measured | None:
+    """The figures behind a plan: those of the plan that it follows, but for a learning rate that was to be found anew."""
+    if base is None or measured is None or measured.lr_range is None:
+        return measured if base is None else base.measured
+    return replace(base.measured or measured, lr_range=measured.lr_range)
 
 
 def _data_decisions(request: TrainRequest, data: DataFacts, base: Plan | None) -> dict[str, Any]:
@@ -163,6 +175,8 @@ def _model_decisions(request: TrainRequest, facts: Facts, base: Plan | None) -> 
     model = facts.model
     plan = resolve_model(request, facts.data, base)
     name = Decision(model.name, plan.model.reason, plan.model.source)
+    if facts.fitted is not None and facts.fitted.chose_model:
+        name = Decision(model.name, facts.fitted.reason, "measured")
     if model.weights_kind == "none":
         reason, source = plan.pretrained.reason, plan.pretrained.source
         if plan.pretrained.value != "false":
@@ -199,6 +213,11 @@ def _image_size(
     return decision
 
 
+def _latency(choose: Chooser, facts: Facts) -> Decision[float]:
+    limit = choose("latency", 0.0, "no limit was asked for")
+    return limit if facts.fitted is None else Decision(limit.value, f"asked for: {facts.fitted.reason}", limit.source)
+
+
 def _preprocessing(imgsz: int, model: ModelFacts, pretrained: bool) -> Decision[dict[str, Any]]:
     value = {
         "size": imgsz,
@@ -212,17 +231,27 @@ def _preprocessing(imgsz: int, model: ModelFacts, pretrained: bool) -> Decision[
 
 
 def _learning_rates(
-    choose: Chooser, optimizer: str, batch: int, pretrained: bool
+    choose: Chooser, optimizer: str, batch: int, pretrained: bool, measured: Measured | None
 ) -> tuple[Decision[float], Decision[float]]:
+    """Peak rates of the backbone and of the head: by the table, or as a range test found them where that was asked for."""
     base = LR[optimizer]
     ratio = batch / BATCH
     factor, rule = (ratio, "linear") if optimizer == "sgd" else (math.sqrt(ratio), "square-root")
     scaled = f"{base:g} at batch 64, {rule} rule" if batch != BATCH else f"{base:g}, the guides' default"
     peak = _three_digits(base * factor)
-    if not pretrained:
+    if pretrained:
+        lr = choose("lr", _three_digits(peak * BACKBONE_LR), f"{BACKBONE_LR:g} of {scaled}: the backbone is pretrained")
+    else:
         lr = choose("lr", peak, scaled)
+    found = measured.lr_range if measured is not None else None
+    if found is not None and not found.suggestion:
+        lr = replace(lr, reason=f"{lr.reason}; {found.reason}")
+    elif found is not None:
+        old, lr = lr.value, Decision(found.suggestion, found.reason, "measured")
+        if choose.base is not None and choose.request.head_lr is None:  # in the ratio of that plan, as they were tested
+            return lr, replace(choose.base.head_lr, value=_three_digits(choose.base.head_lr.value * lr.value / old))
+    if not pretrained:
         return lr, choose("head_lr", lr.value, "as the rest: nothing is pretrained")
-    lr = choose("lr", _three_digits(peak * BACKBONE_LR), f"{BACKBONE_LR:g} of {scaled}: the backbone is pretrained")
     head = _three_digits(HEAD_LR * lr.value)
     return lr, choose("head_lr", head, f"{HEAD_LR:g} times the backbone's: the head is new")
 

@@ -7,7 +7,7 @@
     ├── StorageError        disk full, no permission, a damaged or missing file of a run            exit 4
     ├── TrainingError       the run diverged, or a rehearsal check failed                           exit 5
     │   └── OutOfMemory     even one sample at a time does not fit                                  exit 5
-    ├── ExportError         the exported model does not reproduce the trained one                   exit 1
+    ├── ExportError         the exported model does not reproduce the trained one, or is too slow   exit 1
     └── Stopped             asked to stop (Ctrl-C, SIGTERM); the run can be resumed                 exit 130 or 143
 
 Every error answers four questions: what happened, where, what was kept, and what to do next.
@@ -89,7 +89,7 @@ class OutOfMemory(TrainingError):
 
 
 class ExportError(GoodfitError):
-    """The exported model does not reproduce the trained one, so no bundle was written."""
+    """The exported model does not reproduce the trained one, or is over its latency limit, so no bundle was written."""
 
 
 class Stopped(GoodfitError):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from pathlib import Path
+from typing import Any
 
 _KEPT = {  # glibc's mallopt: bytes
     -1: 1 << 30,  # free end of the heap that is kept, M_TRIM_THRESHOLD
@@ -14,9 +16,36 @@ _KEPT = {  # glibc's mallopt: bytes
 }
 
 
+_RETURNED = {-1: 1 << 26, -3: 1 << 25, -2: 1 << 17}  # what glibc adapts itself to in a program that frees large blocks
+
+
 def num_cores() -> int:
     """Processors this process may use (a container's limit, not the machine's count)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, bytes; 0 where that cannot be read.
+
+    On Linux from the kernel's status and not by getrusage, whose figure a new process takes over from the one that
+    started it: a child of a process of 2 GB would have held 2 GB from its first moment.
+    """
+    try:
+        status = Path("/proc/self/status").read_text("ascii")
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    except (OSError, ValueError, IndexError):
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def has_mallopt() -> bool:
+    """Whether the C library's habit of handing memory back can be changed in a running process: glibc, on Linux."""
+    return _mallopt() is not None
 
 
 def keep_freed_memory() -> bool:
@@ -27,12 +56,29 @@ def keep_freed_memory() -> bool:
     (32 of 128 × 128 pixels, two cores), 2 % of its time; with this, 130, and 5 % more memory is held. Blocks over 1 GB still go back.
 
     Returns:
-        Whether the C library has such a setting: glibc, on Linux.
+        Whether the C library has such a setting.
     """
+    mallopt = _mallopt()
+    return mallopt is not None and all(mallopt(name, size) for name, size in _KEPT.items())
+
+
+def return_freed_memory() -> bool:
+    """The inverse, as far as there is one: glibc then hands memory back as it does in a training process by default.
+
+    glibc raises its thresholds by itself up to 32 MB for mapped blocks and twice that for trimming, whenever a larger
+    mapped block is freed; once a program has set one, it no longer adapts, so its final values are set here.
+
+    Returns:
+        Whether the C library has such a setting.
+    """
+    mallopt = _mallopt()
+    return mallopt is not None and all(mallopt(name, size) for name, size in _RETURNED.items())
+
+
+def _mallopt() -> Any:
     if not sys.platform.startswith("linux"):
-        return False
+        return None
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        return ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # another C library
-        return False
-    return all(mallopt(name, size) for name, size in _KEPT.items())
+        return None

@@ -180,6 +180,7 @@ class TrainLoader:
         rows: The rows of the training split, shape (rows,).
         batch: Samples per update over all processes.
         workers: Loader processes; 0 loads in this one.
+        prefetch: Batches that each loader process makes ahead.
         threads: Threads that cut pictures where there is no loader process.
         balance: Every class equally often.
         rank, size: This process among how many.
@@ -187,12 +188,13 @@ class TrainLoader:
 
     def __init__(
         self, samples: TrainSamples, rows: npt.NDArray[np.int64], *, batch: int, workers: int, threads: int = 1,
-        balance: bool = False, rank: int = 0, size: int = 1,
+        prefetch: int = 2, balance: bool = False, rank: int = 0, size: int = 1,
     ) -> None:  # fmt: skip
         self.samples = samples
         self.rows = rows
         self.batch = min(batch, len(rows))
         self.workers = workers
+        self.prefetch = prefetch
         self.threads = threads
         self._targets = samples.index.targets[rows] if balance else None
         self.rank = rank
@@ -238,7 +240,7 @@ class TrainLoader:
             _EpochChunks(self.samples, epoch, chunks, closing),
             batch_size=None,
             num_workers=min(self.workers, len(chunks)),
-            prefetch_factor=2,
+            prefetch_factor=self.prefetch,
             worker_init_fn=_ignore_signals,
         )
 
@@ -283,6 +285,13 @@ class EvalLoader:
         self._threads = threads
         self._collate = collate
         self._kept: dict[int, npt.NDArray[np.uint8]] | None = {} if keep else None
+
+    @property
+    def bytes_to_keep(self) -> int:
+        """Of pictures that will be kept and are not yet."""
+        if self._kept is None:
+            return 0
+        return (len(self.rows) - len(self._kept)) * 3 * self._preprocessing.size**2
 
     def __iter__(self) -> Iterator[MicroBatch]:
         with ThreadPoolExecutor(self._threads) as pool:

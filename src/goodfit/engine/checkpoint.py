@@ -219,6 +219,15 @@ def _is_pinned(path: Path) -> bool:
         return False
 
 
+def has_finished(folder: Path) -> bool:
+    """Whether the newest checkpoint of a `checkpoints/` folder is that of a run which has ended its training."""
+    paths = sorted((p for p in folder.glob("step-*") if not p.is_symlink()), key=_order)
+    try:
+        return bool(paths) and bool(read_json(paths[-1] / "state.json")["progress"]["finished"])
+    except (StorageError, KeyError, TypeError):  # damaged: an earlier one will be taken
+        return False
+
+
 def versions() -> dict[str, str]:
     """Versions that an exact resume depends on."""
     return {

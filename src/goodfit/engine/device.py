@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +14,10 @@ import torch
 
 from goodfit.config.facts import MachineFacts
 from goodfit.core.errors import RequestError
-from goodfit.core.machine import num_cores
+from goodfit.core.machine import has_mallopt, num_cores, peak_memory
 from goodfit.core.places import cache_folder, free_bytes
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def find_machine(asked: str | None) -> MachineFacts:
@@ -37,6 +40,7 @@ def find_machine(asked: str | None) -> MachineFacts:
         num_cores=num_cores(),
         free_memory=int(psutil.virtual_memory().available),
         free_disk=free_bytes(cache_folder()),
+        has_mallopt=has_mallopt(),
     )
 
 
@@ -92,6 +96,34 @@ def _has_bf16_instructions() -> bool:
     return bool(check()) if check is not None else False
 
 
+class HostCopy:
+    """Scalars on their way to the host. Reading them waits for what made them, and not for what was queued after.
+
+    `tensor.item()` on a GPU waits for the whole queue: read after the next step was queued, it would keep the host from
+    preparing the step after that one.
+
+    Args:
+        values: Tensors of shape (), any dtype.
+    """
+
+    def __init__(self, values: Sequence[torch.Tensor]) -> None:
+        self._values = values
+        self._copied: torch.Tensor | None = None
+        if values[0].device.type == "cuda":
+            stacked = torch.stack([value.to(torch.float32) for value in values])
+            self._copied = torch.empty(len(values), pin_memory=True)
+            self._copied.copy_(stacked, non_blocking=True)
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    def read(self) -> list[float]:
+        """The values, waited for."""
+        if self._copied is None:
+            return [float(value) for value in self._values]
+        self._done.synchronize()
+        return [float(value) for value in self._copied.tolist()]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DevicePolicy:
     """How batches and models meet a device: precision, memory format, seeds."""
@@ -122,8 +154,13 @@ class DevicePolicy:
         return model.to(self.torch_device)
 
     def move(self, data: Any) -> Any:
-        """Move every tensor of a nested batch to the device."""
+        """Move every tensor of a nested batch to the device.
+
+        From ordinary memory a copy to a GPU waits for all that was queued before it, from pinned memory it does not.
+        """
         if isinstance(data, torch.Tensor):
+            if self.kind == "cuda" and data.device.type == "cpu":
+                data = data.pin_memory()  # torch reuses the pinned blocks
             return data.to(self.torch_device, non_blocking=True)
         if isinstance(data, dict):
             return {key: self.move(value) for key, value in data.items()}
@@ -132,8 +169,15 @@ class DevicePolicy:
         return data
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Run the forward pass in the planned precision."""
-        return torch.autocast(self.kind, dtype=_DTYPES[self.precision], enabled=self.precision != "fp32")
+        """Run the forward pass in the planned precision.
+
+        tf32 is a switch of the process and not of a region: on CUDA it is set here, for this forward pass and for what
+        follows until the next one, and so for its backward pass too. fp32 there means strict fp32.
+        """
+        if self.kind == "cuda":
+            allow_tf32(self.precision == "tf32")
+        lower = self.precision in ("bf16", "fp16")
+        return torch.autocast(self.kind, dtype=_DTYPES[self.precision] if lower else torch.bfloat16, enabled=lower)
 
     def seed(self, seed: int) -> None:
         """Seed what is random inside the model (dropout, drop-path) on this device."""
@@ -147,11 +191,71 @@ class DevicePolicy:
         """Largest memory of the device taken so far, bytes; on the CPU, of this process."""
         if self.kind == "cuda":
             return int(torch.cuda.max_memory_allocated())
-        import sys
+        return peak_memory()
 
-        try:
-            import resource
-        except ImportError:  # Windows
-            return 0
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+
+def allow_tf32(allowed: bool) -> None:
+    """Let CUDA round the inputs of float32 matrix products and convolutions to 10 bits of mantissa, or not.
+
+    By the older two settings: once the newer `fp32_precision` is set, torch 2.15 raises where these are read, and its
+    own compiler reads them.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+@contextlib.contextmanager
+def tf32_kept() -> Iterator[None]:
+    """Put the process's settings for tf32 back at the end; settings that cannot be read are left as they are."""
+    try:
+        before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # set by the newer names
+        yield
+        return
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def compile_in_place(model: torch.nn.Module, mode: str) -> None:
+    """Let torch compile a network's forward and backward passes at its first call; "off" does nothing.
+
+    In place: the names of parameters, copies of the network, checkpoints and exports are as without it. Copies are not
+    compiled. Every shape gets a kernel of its own, so that a resumed run computes what the first one did, whichever
+    shapes it meets first; what is random (dropout) is drawn as it is without compiling.
+
+    Raises:
+        RequestError: there is no compiler for C++ here, which torch.compile needs.
+    """
+    if mode == "off":
+        return
+    problem = compiler_problem()
+    if problem:
+        raise RequestError(f"compile={mode}: {problem}.", next="install g++ or clang++, or use compile=off")
+    from torch._inductor import list_mode_options
+
+    options = {**list_mode_options(mode), "fallback_random": True}
+    model.compile(options=options, dynamic=False)
+
+
+def compiler_problem() -> str:
+    """Why torch.compile cannot work here, as far as that can be told without trying; empty if it may."""
+    import os
+
+    wanted = os.environ.get("CXX")
+    names = [wanted] if wanted else ["g++", "clang++", "c++", "cl"]
+    if any(shutil.which(name) for name in names):
+        return ""
+    return f"no C++ compiler was found ({', '.join(names)})"
+
+
+@contextlib.contextmanager
+def eagerly(model: torch.nn.Module) -> Iterator[None]:
+    """Call a network without compiling, if it is a compiled one: evaluation has other shapes, and needs no compiling."""
+    compiled = model._compiled_call_impl
+    model._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        model._compiled_call_impl = compiled

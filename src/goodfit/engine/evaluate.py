@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from goodfit.engine.contracts import BatchTransform, EvaluationData, Meter, Task
-from goodfit.engine.device import DevicePolicy
+from goodfit.engine.device import DevicePolicy, eagerly
 from goodfit.engine.ranks import Ranks
 
 
@@ -25,7 +25,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with eagerly(model), torch.inference_mode():
             for micro in data:
                 if stop():
                     return None

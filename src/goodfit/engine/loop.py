@@ -14,6 +14,7 @@ from goodfit.core.journal import Journal
 from goodfit.engine.checkpoint import Checkpoints, restore, take_snapshot
 from goodfit.engine.clock import Clock
 from goodfit.engine.contracts import EvaluationData, TrainingData
+from goodfit.engine.device import HostCopy
 from goodfit.engine.evaluate import evaluate
 from goodfit.engine.state import TrainState, copy_buffers, restore_buffers
 from goodfit.engine.step import StepContext, StepRecord, train_step
@@ -231,7 +232,7 @@ class _Epoch:
         self._state = state
         self._journal = journal
         self.clock = clock
-        self._pending: StepRecord | None = None
+        self._pending: tuple[StepRecord, HostCopy] | None = None
         self._last_event = 0.0
         self._began = self._saved = 0.0
         self._samples = 0
@@ -242,8 +243,9 @@ class _Epoch:
         self._samples = 0
 
     def add(self, record: StepRecord) -> None:
+        values = HostCopy([record.loss, record.grad_norm, record.bad])
         self.drain()
-        self._pending = record
+        self._pending = record, values
         self._samples += record.num_samples
 
     def drain(self) -> None:
@@ -252,31 +254,32 @@ class _Epoch:
         Raises:
             TrainingError: too many steps in a row were not finite.
         """
-        record, self._pending = self._pending, None
-        if record is None:
+        pending, self._pending = self._pending, None
+        if pending is None:
             return
+        record, values = pending
         progress = self._state.progress
         self._journal.step, self._journal.segment = record.step, progress.segment
         self.clock.spend("host")
-        bad = bool(record.bad)
+        loss, grad_norm, bad = values.read()
         self.clock.spend("step")
         if bad:
             progress.bad_in_a_row += 1
-            overflow = self._state.loss_scale.active and math.isfinite(float(record.loss))
+            overflow = self._state.loss_scale.active and math.isfinite(loss)
             if not overflow:
                 samples = record.samples.tolist()
                 progress.skipped.append({"step": record.step, "samples": samples})
-                self._journal.emit("step", loss=float(record.loss), grad_norm=float(record.grad_norm), lr=record.lr,
+                self._journal.emit("step", loss=loss, grad_norm=grad_norm, lr=record.lr,
                                    skipped=True, samples=samples)  # fmt: skip
             if progress.bad_in_a_row >= MAX_BAD_STEPS:
                 raise _diverged(progress.step, progress.bad_in_a_row)
             return
         progress.bad_in_a_row = 0
-        progress.loss_sum += float(record.loss) * record.num_samples
+        progress.loss_sum += loss * record.num_samples
         progress.loss_count += record.num_samples
         if time.monotonic() - self._last_event >= EVENT_SECONDS:
             self._last_event = time.monotonic()
-            self._journal.emit("step", loss=float(record.loss), grad_norm=float(record.grad_norm), lr=record.lr,
+            self._journal.emit("step", loss=loss, grad_norm=grad_norm, lr=record.lr,
                                epoch=progress.epoch, total_steps=progress.schedule.total_steps,
                                rate=self._samples / max(1e-9, time.monotonic() - self._began))  # fmt: skip
 

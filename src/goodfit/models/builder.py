@@ -71,7 +71,7 @@ def build_network(plan: Plan, num_classes: int) -> tuple[nn.Module, WeightReport
         arguments["drop_path_rate"] = plan.drop_path.value
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed.value)
-        network = _create_at_size(plan, num_classes, arguments)
+        network = create_at_size(plan.model.value, plan.imgsz.value, num_classes=num_classes, **arguments)
         head = [p for n, p in network.named_parameters() if n.startswith(head_prefixes(network))]
         for parameter in head:  # near-zero logits: the loss starts at chance, ln(classes)
             if parameter.ndim > 1:
@@ -84,16 +84,21 @@ def build_network(plan: Plan, num_classes: int) -> tuple[nn.Module, WeightReport
     return network, report
 
 
-def _create_at_size(plan: Plan, num_classes: int, arguments: dict[str, Any]) -> nn.Module:
-    """Vision transformers are built for one image size and say so by taking `img_size`; others take any."""
-    name = plan.model.value
+def create_at_size(name: str, imgsz: int, *, num_classes: int, **arguments: Any) -> nn.Module:
+    """A timm network for square images of `imgsz` pixels, with random weights.
+
+    Vision transformers are built for one image size and say so by taking `img_size`; others take any.
+
+    Raises:
+        RequestError: it does not take these arguments, or this image size.
+    """
     try:
         network = create(name, num_classes=num_classes, **arguments)
         config: Any = getattr(network, "pretrained_cfg", None) or {}
-        if config.get("fixed_input_size") and config.get("input_size", (3, 0, 0))[-1] != plan.imgsz.value:
-            network = create(name, num_classes=num_classes, img_size=plan.imgsz.value, **arguments)
+        if config.get("fixed_input_size") and config.get("input_size", (3, 0, 0))[-1] != imgsz:
+            network = create(name, num_classes=num_classes, img_size=imgsz, **arguments)
     except (TypeError, AssertionError) as error:
-        raise RequestError(f"{name} cannot be built with {arguments or plan.imgsz.value}: {error}.",
+        raise RequestError(f"{name} cannot be built with {arguments or imgsz}: {error}.",
                            where="model=", next="leave out dropout=, drop_path= or imgsz=") from error  # fmt: skip
     return network
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import logging
-import statistics
-import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +21,6 @@ from goodfit.runtime.images import Preprocessing, decode_image
 from goodfit.runtime.predictor import Predictor
 
 TOLERANCE = 1e-3  # of the largest logit's size, at least of 1: float32 sums in another order
-LATENCY_RUNS = 30
 LARGE_SIDE = 6000  # pixels of the very large odd image
 
 
@@ -173,15 +170,3 @@ def _same_class(actual: npt.NDArray[np.float32], expected: npt.NDArray[np.float3
     two = np.sort(expected, axis=1)[:, -2:]
     clear = two[:, 1] - two[:, 0] > 2 * tolerance
     return bool((actual.argmax(1) == expected.argmax(1))[clear].all())
-
-
-def measure_latency(predictor: Predictor, pixels: npt.NDArray[np.uint8]) -> dict[str, float]:
-    """Milliseconds per call of the model at batch 1 on this machine, preprocessing left aside: p50 and p95 of 30."""
-    seconds = []
-    for number in range(LATENCY_RUNS + 3):
-        start = time.perf_counter()
-        predictor.logits(pixels[None])
-        if number >= 3:
-            seconds.append(time.perf_counter() - start)
-    cuts = statistics.quantiles(seconds, n=20)
-    return {"p50_ms": 1000 * statistics.median(seconds), "p95_ms": 1000 * cuts[18]}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from goodfit.config.loading import WORTHWHILE, LoadCost, best_loading
 from goodfit.config.plan import Plan
 from goodfit.core.journal import Event
 
@@ -103,10 +104,13 @@ def _either(options: list[str]) -> str:
 def _data(share: float, plan: Plan, num_cores: int) -> str:
     options = []
     # A rule leaves the cache off where each picture is used once, or where it fits nowhere; only a person can differ.
-    if plan.cache.value == "off" and plan.cache.source == "asked" and plan.epochs.value > 1:
+    may_cache = plan.cache.value == "off" and plan.cache.source == "asked" and plan.epochs.value > 1
+    if may_cache and _gains(plan, best_loading(_costs(plan), cache="ram")):
         options.append("cache=ram")
-    workers = min(MOST_WORKERS, num_cores)
-    if plan.workers.value < workers:
+    measured = best_loading(_costs(plan), cache=plan.cache.value)
+    workers = measured.workers if measured is not None else min(MOST_WORKERS, num_cores)
+    other = workers > plan.workers.value or (measured is not None and workers != plan.workers.value)
+    if other and _gains(plan, measured):
         options.append(f"workers={workers}")
     if plan.policy.value != "off":
         options.append("policy=off")
@@ -117,6 +121,16 @@ def _data(share: float, plan: Plan, num_cores: int) -> str:
     if not options and (smaller := _smaller(plan)):
         options.append(smaller)
     return f"{_percent(share)} of the time waits for data: {_either(options) or 'a faster disk'}"
+
+
+def _costs(plan: Plan) -> tuple[LoadCost, ...]:
+    return plan.measured.loading if plan.measured is not None else ()
+
+
+def _gains(plan: Plan, other: LoadCost | None) -> bool:
+    """Whether another way to load was measured to be faster than the plan's, or nothing says that it is not."""
+    mine = best_loading(_costs(plan), cache=plan.cache.value, workers=plan.workers.value, prefetch=plan.prefetch.value)
+    return mine is None or other is None or other.rate > mine.rate * (1 + WORTHWHILE)
 
 
 def _host(share: float, plan: Plan, _num_cores: int) -> str:
@@ -152,8 +166,18 @@ _LEVERS = {"data": _data, "host": _host, "validation": _validation, "saving": _s
 def _crowding(pace: float, plan: Plan) -> str:
     why = f"the steps reached {_percent(pace)} of the rehearsal's rate"
     if plan.device.value == "cpu" and plan.workers.value > 0:
-        return f"{why}: {plan.workers.value} loader processes share its cores, workers={plan.workers.value // 2}"
+        return f"{why}: {plan.workers.value} loader processes share its cores{_fewer(plan)}"
     return f"{why}: something else used the {'GPU' if plan.device.value != 'cpu' else 'processor'} at that time"
+
+
+def _fewer(plan: Plan) -> str:
+    """Half as many loader processes, unless measuring showed that these are the best."""
+    measured = best_loading(_costs(plan), cache=plan.cache.value)
+    if measured is None:
+        return f", workers={plan.workers.value // 2}"
+    if measured.workers != plan.workers.value:
+        return f", workers={measured.workers}"
+    return ", and measured fewer were slower"
 
 
 def _step(share: float, plan: Plan) -> str:

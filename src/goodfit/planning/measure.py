@@ -14,7 +14,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from goodfit.config.measured import BatchCost, StepCost
+from goodfit.config.measured import AllocatorCost, BatchCost, StepCost
+from goodfit.core.machine import keep_freed_memory, return_freed_memory
 from goodfit.engine.contracts import Micro
 from goodfit.engine.loop import is_out_of_memory
 from goodfit.engine.state import TrainState, copy_buffers
@@ -26,6 +27,11 @@ WARM_STEPS = 2  # not counted: allocation, kernel choice
 MIN_ROUNDS, MAX_ROUNDS = 4, 25
 MIN_STEPS, MAX_STEPS = 3, 12
 SECONDS_PER_SIZE = 4.0
+COMPILE_STEPS = 3  # the first ones of a compiled network: compiling, and on CUDA the recording of graphs
+COMPARED_STEPS = (6, 25)  # of the compiled and of the eager network in turn, at least and at most
+COMPARED_SECONDS = 8.0
+ALLOCATOR_BLOCKS, BLOCK_STEPS = 5, 3  # pairs of blocks, steps of each that count
+ALLOCATOR_SECONDS = 6.0
 FALLING = 0.9  # of the best rate, below which larger batches are not tried
 
 
@@ -66,6 +72,76 @@ def measure_executions(
             times[k].append(timed_step(ready[k][1], ready[k][2], group))
     for (cost, _, _), measured in zip(ready, times, strict=True):
         yield replace(cost, seconds=statistics.median(measured))
+
+
+def measure_compiling(
+    build: Callable[[str, bool, str], tuple[TrainState, StepContext]], group: Sequence[Micro], way: StepCost, mode: str
+) -> StepCost:
+    """What compiling gains over one eager way, and takes.
+
+    The compiled and the eager step are timed in turn, and the ratio of their medians is applied to the seconds that the
+    eager way took among the others, so that all figures of a table compare.
+
+    Args:
+        build: Makes the run's state and context at a precision, memory format and compile mode.
+        way: The eager way, as it was measured.
+        mode: torch.compile's mode.
+    """
+    cost = replace(way, compile=mode, seconds=0.0)
+    try:
+        exact, context = build("fp32", False, "off")
+        loss, gradient = loss_and_gradient(exact.model, context, group)
+        del exact
+        eager = build(way.precision, way.channels_last, "off")
+        compiled = build(way.precision, way.channels_last, mode)
+        begin = time.perf_counter()
+        mine = loss_and_gradient(compiled[0].model, compiled[1], group)
+        for _ in range(COMPILE_STEPS):
+            timed_step(*compiled, group)
+        first = time.perf_counter() - begin
+        cost = replace(cost, loss_gap=_gap(mine[0], loss), gradient_gap=_distance(mine[1], gradient))
+        for _ in range(WARM_STEPS):
+            timed_step(*eager, group)
+        times: tuple[list[float], list[float]] = ([], [])
+        start = time.monotonic()
+        while len(times[0]) < COMPARED_STEPS[0] or (
+            len(times[0]) < COMPARED_STEPS[1] and time.monotonic() - start < COMPARED_SECONDS
+        ):
+            for mine_of, state in zip(times, (eager, compiled), strict=True):
+                mine_of.append(timed_step(*state, group))
+        before, after = (statistics.median(t) for t in times)
+    except RuntimeError as error:
+        return replace(cost, problem=_reason(error))
+    return replace(cost, seconds=way.seconds * after / before,
+                   compile_seconds=max(0.0, first - (COMPILE_STEPS + 1) * after))  # fmt: skip
+
+
+def measure_allocator(state: TrainState, context: StepContext, group: Sequence[Micro]) -> AllocatorCost:
+    """Time the step with freed memory kept and handed back, in turn, within this process; it ends with it kept.
+
+    The first step of each block is not counted: it is the one that takes back, or hands back, what the other way left.
+    """
+    times: dict[bool, list[float]] = {True: [], False: []}
+    ratios = []
+    start = time.monotonic()
+    try:
+        for number in range(ALLOCATOR_BLOCKS):
+            if number >= 3 and time.monotonic() - start > ALLOCATOR_SECONDS:
+                break
+            block: dict[bool, float] = {}
+            for keep in (True, False) if number % 2 else (False, True):
+                if not (keep_freed_memory() if keep else return_freed_memory()):
+                    return AllocatorCost(problem="this C library has no such setting")
+                steps = [timed_step(state, context, group) for _ in range(1 + BLOCK_STEPS)][1:]
+                times[keep] += steps
+                block[keep] = statistics.median(steps)
+            ratios.append(block[False] / block[True])
+    except RuntimeError as error:
+        return AllocatorCost(problem=_reason(error))
+    finally:
+        keep_freed_memory()
+    return AllocatorCost(keep=statistics.median(times[True]), system=statistics.median(times[False]),
+                         ratio=statistics.median(ratios))  # fmt: skip
 
 
 def measure_batches(

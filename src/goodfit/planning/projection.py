@@ -13,8 +13,8 @@ from goodfit.core.errors import StorageError
 from goodfit.core.journal import Event
 from goodfit.core.places import free_bytes
 from goodfit.engine.checkpoint import KEEP
+from goodfit.planning.pace import Pace
 
-FORWARD_SHARE = 1 / 3  # of a training step's cost: the backward pass costs about twice the forward one
 BYTES = 4  # of a weight; also under half precision the weights stay float32
 MOMENTS = {"adamw": 2, "adam": 2, "sgd": 1}  # tensors of a parameter's size in the optimizer's state
 RECORDS = 5_000_000  # bytes of plots, report and events (demo: 1.1 MB), and what a file system rounds up
@@ -26,8 +26,8 @@ class Projection:
 
     Attributes:
         epochs: Passes, at most; early stopping may end the run before.
-        epoch_seconds: Of one epoch, training at the bare step's rate and validation; None if that rate is unknown. Waiting
-            for data and saving come on top (saves that nothing forces take at most 5 % of the time).
+        epoch_seconds: Of one epoch after the first: steps, waiting for data, validation and saving; None if none of it
+            was measured.
         seconds: Of all epochs; None likewise.
         memory: Peak memory of the device, bytes; None if it was not measured.
         disk: Bytes that must be free while the run goes on.
@@ -60,8 +60,8 @@ class Projection:
 
 
 def project(
-    plan: Plan, *, num_val: int, steps_per_epoch: int, num_parameters: int, num_buffers: int = 0, bare_rate: float = 0.0,
-    memory: int | None = None, cache: int = 0,
+    plan: Plan, *, num_val: int, steps_per_epoch: int, num_parameters: int, num_buffers: int = 0,
+    pace: Pace | None = None, memory: int | None = None, cache: int = 0,
 ) -> Projection:  # fmt: skip
     """Project a run.
 
@@ -71,14 +71,12 @@ def project(
         steps_per_epoch: Updates in one pass.
         num_parameters: Weights of the model.
         num_buffers: Further numbers in its state (batch-norm statistics).
-        bare_rate: Samples per second of the bare step; 0 if it was not measured.
-        memory: Measured peak memory of the device, bytes.
+        pace: Measured seconds of what an epoch consists of; None if it was not measured.
+        memory: Peak memory of the device, bytes.
         cache: Bytes of the decoded pictures, counted where the plan keeps them on disk.
     """
     epochs = plan.epochs.value
-    epoch = None
-    if bare_rate > 0:
-        epoch = (steps_per_epoch * plan.batch.value + FORWARD_SHARE * num_val) / bare_rate
+    epoch = None if pace is None else pace.epoch(steps_per_epoch, num_val)
     model = BYTES * (num_parameters + num_buffers)
     moments = MOMENTS[plan.optimizer.value] if plan.momentum.value > 0 or plan.optimizer.value != "sgd" else 0
     checkpoint = model * (2 if plan.ema.value else 1) + BYTES * moments * num_parameters
@@ -109,18 +107,29 @@ def num_checkpoints(plan: Plan) -> tuple[int, int]:
     return min(kept + 2, epochs + KEEP + pinned), min(kept, epochs + KEEP - 1 + pinned)
 
 
-def check_disk(projection: Projection, folder: Path, *, cache_here: bool = False) -> int:
+def check_disk(
+    projection: Projection, folder: Path, *, cache_here: bool = False, present: int | None = None, trained: bool = False
+) -> int:
     """Refuse a run for which the disk is too small. Returns the free bytes.
 
     Args:
         folder: The run's.
         cache_here: Whether the disk cache has still to be written, to the same file system.
+        present: Bytes of checkpoints and bundle that a run which is resumed has already; None for a new one.
+        trained: It has ended its training, and only the test, the bundle and the report are left.
 
     Raises:
         StorageError: less is free than the run needs.
     """
     free = free_bytes(folder)
-    need = projection.disk + (projection.cache if cache_here else 0)
+    need = projection.kept if trained else projection.disk
+    need = max(0, need - (present or 0)) + (projection.cache if cache_here else 0)
+    if need > free and present is not None:
+        raise StorageError(
+            f"The rest of the run needs up to {describe_bytes(need)} of disk, and {describe_bytes(free)} are free.",
+            where=str(folder), kept="the run and its checkpoints, as they are",
+            next=f"free some space, then: goodfit resume {folder}",
+        )  # fmt: skip
     if need > free:
         cache = ", cache=off" if cache_here and projection.cache else ""
         raise StorageError(

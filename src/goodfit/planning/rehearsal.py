@@ -70,6 +70,32 @@ class Rehearsal:
         return " · ".join([*shown, f"{len(self.checks)} checks"])
 
 
+class RehearsalError(TrainingError):
+    """A check of the rehearsal failed.
+
+    Attributes:
+        checks: All that were made, those that passed among them.
+    """
+
+    def __init__(self, checks: Sequence[Check]) -> None:
+        failed = [c for c in checks if not c.passed]
+        super().__init__(
+            "The rehearsal failed: " + "; ".join(f"{c.name}: {c.evidence}" for c in failed),
+            kept="nothing was trained",
+            next="; ".join(c.meaning for c in failed) + "; to go on nevertheless: rehearse=false",
+        )
+        self.checks = tuple(checks)
+
+
+def describe_checks(checks: Sequence[Check]) -> str:
+    """Every check with its verdict, its evidence and what a failure usually means, as text for people."""
+    rows = []
+    for check in checks:
+        rows.append(f"{'ok' if check.passed else 'FAILED':<8}{check.name}: {check.evidence}")
+        rows.append(f"{'':<8}{'usually means' if not check.passed else 'a failure usually means'}: {check.meaning}")
+    return "\n".join(rows) + "\n"
+
+
 def rehearse(
     model: nn.Module, context: StepContext, *, schedule: Schedule, build_optimizer: Build,
     rebuild: Callable[[], nn.Module], export: Callable[[nn.Module], str], material: Material,
@@ -84,7 +110,7 @@ def rehearse(
         export: Tries to export a model; says what went wrong, nothing if it did not.
 
     Raises:
-        TrainingError: a check failed; the message names each, with what was seen and what that usually means.
+        RehearsalError: a check failed; the message names each, with what was seen and what that usually means.
     """
     with torch.random.fork_rng():
         checks = _definite(model, context, schedule, build_optimizer, material)
@@ -138,13 +164,8 @@ def _definite(
 
 
 def _stop_if_failed(checks: Sequence[Check]) -> None:
-    failed = [c for c in checks if not c.passed]
-    if failed:
-        raise TrainingError(
-            "The rehearsal failed: " + "; ".join(f"{c.name}: {c.evidence}" for c in failed),
-            kept="nothing was trained",
-            next="; ".join(c.meaning for c in failed) + "; to go on nevertheless: rehearse=false",
-        )
+    if not all(c.passed for c in checks):
+        raise RehearsalError(checks)
 
 
 def _state(model: nn.Module, context: StepContext, build_optimizer: Build) -> TrainState:

@@ -79,6 +79,9 @@ class Terminal:
         for line in event["table"]:
             self._say("measure", line)
 
+    def _on_warning(self, event: Event) -> None:
+        self._say("warning", event["text"])
+
     def _on_finding(self, event: Event) -> None:
         first = f" (first: {event['items'][0]})" if event["items"] else ""
         self._say("audit", f"{event['count']:,} {event['kind']}: {event['action']}{first}")

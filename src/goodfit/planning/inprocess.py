@@ -1,0 +1,67 @@
+"""Measuring in this process, on a copy: for a module handed over in Python, which cannot be built again elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from goodfit.config.measured import BatchCost
+from goodfit.engine.contracts import Micro
+from goodfit.engine.ema import Ema
+from goodfit.engine.schedule import Schedule
+from goodfit.engine.state import LossScale, Progress, TrainState
+from goodfit.engine.step import StepContext
+from goodfit.planning.measure import measure_batches
+
+
+@contextlib.contextmanager
+def copied_state(
+    model: nn.Module, context: StepContext, build_optimizer: Callable[[nn.Module], torch.optim.Optimizer], *, ema: bool
+) -> Iterator[TrainState]:
+    """A state of training around a deep copy of a module, to take steps with.
+
+    The module, its gradients, buffers and mode are not touched, and the random state of torch (of the accelerator too),
+    NumPy and Python is put back at the end.
+
+    Args:
+        model: The module, on its device; twice its memory is needed, and that of an optimizer.
+        build_optimizer: Makes the run's optimizer for a module.
+        ema: Whether the run averages its weights.
+    """
+    numbers, python = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng():
+        try:
+            copied = copy.deepcopy(model)
+            for mine in copied.parameters():
+                mine.grad = None
+            schedule = Schedule(kind="wsd", warmup_steps=0, stable_until=10**9, total_steps=10**9, lrf=0.0)
+            scale = LossScale(context.device.torch_device, active=context.device.scales_loss)
+            average = Ema(copied, 0.9) if ema else None
+            yield TrainState(copied, build_optimizer(copied), average, scale, Progress(schedule))
+        finally:
+            np.random.set_state(numbers)
+            random.setstate(python)
+
+
+def measure_batches_here(
+    model: nn.Module, context: StepContext, build_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    group_of: Callable[[int], Sequence[Micro]], sizes: Sequence[int], *, memory: int, seconds: float, ema: bool,
+) -> list[BatchCost]:  # fmt: skip
+    """Time the step at growing batch sizes on a copy of a module, as measure_batches does.
+
+    On the CPU, memory is that of this process beyond its earlier peak: too little where it once held more.
+
+    Args:
+        group_of: A batch of so many samples.
+        memory: Bytes that a batch may take.
+        seconds: After this many no further size is begun.
+    """
+    held = context.device.peak_memory()
+    with copied_state(model, context, build_optimizer, ema=ema) as state:
+        return list(measure_batches(state, context, group_of, sizes, memory, seconds, held))
