@@ -78,7 +78,7 @@ def test_what_is_remembered_is_used_where_it_fits_and_never_trusted(prepared, tm
     request, audited, plan = prepared
     machine, asked = find_machine("cpu"), []
     curve = {"rates": [1e-6, 1e-5], "losses": [2.0, 2.0], "diverged": True, "problem": ""}
-    monkeypatch.setattr(find_lr, "ask_child", lambda folder, ask, seconds: asked.append(ask["what"]) or [curve])
+    monkeypatch.setattr(find_lr.ProbeProcess, "ask", lambda self, ask, seconds: asked.append(ask["what"]) or [curve])
     first = find_lr.find_lr(request, plan, audited.index, machine)
     assert "diverged after 2 steps" in first.reason and not first.suggestion
     for again in (request, replace(request, measure=False)):
@@ -96,7 +96,7 @@ def test_what_is_remembered_is_used_where_it_fits_and_never_trusted(prepared, tm
     assert len(asked) == 8
     for file in (tmp_path / "cache").rglob("*.json"):
         file.write_text(json.dumps({"rates": 1}))
-    monkeypatch.setattr(find_lr, "ask_child", lambda folder, ask, seconds: [])
+    monkeypatch.setattr(find_lr.ProbeProcess, "ask", lambda self, ask, seconds: [])
     assert "its process died" in find_lr.find_lr(request, plan, audited.index, machine).reason
 
 

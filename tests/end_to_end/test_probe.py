@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from goodfit.api import probe
 from goodfit.api.decide import decide
 from goodfit.api.prepare import read_and_audit
-from goodfit.api.probe import ask_child, measure, wants_measuring
+from goodfit.api.probe import ProbeProcess, measure, wants_measuring
 from goodfit.config.parse import parse_request
 from goodfit.core.journal import Journal
 from goodfit.data.split import subset
@@ -50,7 +49,7 @@ def test_it_finds_ways_and_sizes_touches_nothing_and_is_remembered(prepared, tmp
     asked = []
     steps = [asdict(s) for s in found.steps]
     monkeypatch.setattr(
-        probe, "ask_child", lambda folder, ask, *_: asked.append(ask["what"]) or steps * (len(asked) == 1)
+        ProbeProcess, "ask", lambda self, ask, *_: asked.append(ask["what"]) or steps * (len(asked) == 1)
     )
     assert measure(request, plan, audited.index, rows, machine).steps == found.steps and asked == []
     for file in (tmp_path / "cache").rglob("*.json"):
@@ -93,10 +92,13 @@ def test_a_real_limit_of_memory_ends_the_search_below_it(prepared, tmp_path):
     _write_batch(tmp_path, plan, audited.index, rows)
     ask = {"what": "sizes", "sizes": [16, 64, 512], "plan": plan.to_dict(), "class_names": list(audited.index.class_names),
            "counts": [20, 20, 20], "num_train": 20 * 512, "memory": 8 * 10**9}  # fmt: skip
-    free = [BatchCost(**f) for f in ask_child(tmp_path, ask)]
+    with ProbeProcess(tmp_path) as probe:
+        assert [f["batch"] for f in probe.ask(ask, 0.3) if not f["problem"]] == []  # too slow: ended, and started anew
+        free = [BatchCost(**f) for f in probe.ask(ask)]
     assert [b.batch for b in free] == [16, 64, 512] and not any(b.problem for b in free), free
     limit = (free[1].memory + free[2].memory) // 2
-    poor = [BatchCost(**f) for f in ask_child(tmp_path, {**ask, "memory": limit})]
+    with ProbeProcess(tmp_path) as probe:
+        poor = [BatchCost(**f) for f in probe.ask({**ask, "memory": limit})]
     chosen = best_batch(poor, limit)
     shown = ", ".join(f"{b.batch}: {b.problem or f'{b.rate:,.0f} img/s, {b.memory / 1e6:.0f} MB'}" for b in poor)
     print(f"limit {limit / 1e6:.0f} MB; {shown}; chosen {chosen}; state {before[:12]} before, {state()[:12]} after")
@@ -109,7 +111,10 @@ def test_a_real_limit_of_memory_ends_the_search_below_it(prepared, tmp_path):
 
 def test_a_process_that_dies_leaves_what_it_found(tmp_path):
     (tmp_path / "batch.npz").write_bytes(b"")
-    assert ask_child(tmp_path, {"what": "ways", "ways": [], "plan": {}}) == []
+    with ProbeProcess(tmp_path) as probe:
+        for _ in range(2):  # the death of one answer leaves the process that forks the next
+            assert probe.ask({"what": "ways", "ways": [], "plan": {}}) == []
+            assert probe._process is not None and probe._process.poll() is None
 
 
 def test_short_runs_are_not_measured(prepared):

@@ -38,14 +38,8 @@ from goodfit.tasks.classify import ClassifyTask
 EVAL_BATCH = 64
 KEEP_BYTES = 512_000_000  # of validation images kept as the serving path made them
 NUM_FEW = 8
-NOT_COMPUTED = (
-    "workers",
-    "cache",
-    "prefetch",
-    "allocator",
-    "latency",
-    "latency_threads",
-)  # decisions that change no result
+# Decisions that change no result.
+NOT_COMPUTED = ("workers", "cache", "prefetch", "allocator", "latency", "latency_threads")
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,9 +150,7 @@ def assemble_step(
     )  # fmt: skip
     network, weights = build_network(plan, len(task.class_names))
     state = _initial_state(plan, device.place(network), device, steps_per_epoch)
-    compile_in_place(
-        state.model, plan.compile.value
-    )  # the trained network alone: its average and all copies stay eager
+    compile_in_place(state.model, plan.compile.value)  # not its average, nor any copy
     return state, StepContext(task, transform, device, ranks, plan.seed.value, plan.clip.value), weights
 
 

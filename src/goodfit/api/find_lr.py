@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from goodfit.api.assemble import NOT_COMPUTED
-from goodfit.api.probe import ask_child
+from goodfit.api.probe import ProbeProcess
 from goodfit.config.facts import MachineFacts
 from goodfit.config.lr_range import LrCurve, LrRange, judge
 from goodfit.config.measured import MEMORY_SHARE
@@ -41,9 +41,9 @@ def find_lr(request: TrainRequest, plan: Plan, index: DatasetIndex, machine: Mac
             return judge(LrCurve.from_dict(read_json(kept)), plan.lr.value)
     ask = {"what": "lr", "plan": plan.to_dict(), "root": str(index.root.resolve()),
            "memory": int((request.memory or MEMORY_SHARE) * machine.free_memory)}  # fmt: skip
-    with tempfile.TemporaryDirectory() as made:
+    with tempfile.TemporaryDirectory() as made, ProbeProcess(Path(made)) as probe:
         write_text(Path(made) / "split.csv", write_split(index))
-        for found in ask_child(Path(made), ask, RANGE_SECONDS):
+        for found in probe.ask(ask, RANGE_SECONDS):
             curve = LrCurve.from_dict(found)
             with contextlib.suppress(OSError, StorageError):
                 kept.parent.mkdir(parents=True, exist_ok=True)

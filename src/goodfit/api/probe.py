@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import asdict, replace
 from importlib import metadata
@@ -84,46 +85,51 @@ def measure(
             earlier = Measured.from_dict(read_json(kept))
             if _still_holds(earlier, plan, len(rows), memory):
                 return replace(earlier, memory=memory)
-    start = time.monotonic()
     ask = {"class_names": list(index.class_names), "counts": np.bincount(index.targets[rows]).tolist(),
            "memory": memory, "num_train": len(rows), "root": str(index.root)}  # fmt: skip
     chosen = rows[np.linspace(0, len(rows) - 1, min(SAMPLES, len(rows))).astype(np.int64)]
-    with tempfile.TemporaryDirectory() as made:
-        folder = Path(made)
-        _write_batch(folder, plan, index, chosen)
-        write_text(folder / "split.csv", write_split(index))
-        ways = ways_to_execute(plan, machine)
-        answers = ask_child(folder, {**ask, "what": "ways", "ways": ways, "plan": plan.to_dict(),
-                                "allocator": machine.has_mallopt and machine.device == "cpu"})  # fmt: skip
-        steps = tuple(StepCost(**f) for f in answers if "precision" in f)
-        allocator = next((AllocatorCost(**f) for f in answers if "ratio" in f), None)
-        best = best_execution(matching(steps, plan.precision, plan.channels_last))
-        batches: tuple[BatchCost, ...] = ()
-        if best is not None:
-            way = plan.changed(precision=best.precision, channels_last=best.channels_last)
-            projected = best.seconds * max(1, len(rows) // plan.batch.value) * plan.epochs.value
-            steps += tuple(_compiled(folder, ask, way, best, mode) for mode in modes_to_try(plan, machine, projected))
-            if plan.batch.source != "asked" or request.measure or pays_to_compile(projected):
-                asked = {**ask, "what": "sizes", "sizes": _sizes(plan, len(rows)), "plan": way.to_dict()}
-                batches = tuple(BatchCost(**f) for f in ask_child(folder, asked))
-        size = best_batch(batches, memory) if plan.batch.source != "asked" else None
-        left = MAX_SECONDS - START_SECONDS - (time.monotonic() - start)
-        loading = _loading(folder, ask, plan, best, size, left, asked=request.measure is not None)
-    found = Measured(batch=plan.batch.value, steps=steps, batches=batches, loading=loading, memory=memory,
-                     allocator=allocator,
-                     seconds=time.monotonic() - start)  # fmt: skip
-    if best is not None:
+    with tempfile.TemporaryDirectory() as made, ProbeProcess(Path(made)) as probe:
+        start = time.monotonic()
+        _write_batch(Path(made), plan, index, chosen)
+        write_text(Path(made) / "split.csv", write_split(index))
+        found = _measure(probe, ask, request, plan, machine, start)
+    if best_execution(matching(found.steps, plan.precision, plan.channels_last)) is not None:
         with contextlib.suppress(OSError, StorageError):  # a cache: what was measured serves this run without it
             kept.parent.mkdir(parents=True, exist_ok=True)
             write_json(kept, found.to_dict())
     return found
 
 
-def _compiled(folder: Path, ask: dict[str, Any], way: Plan, best: StepCost, mode: str) -> StepCost:
+def _measure(
+    probe: ProbeProcess, ask: dict[str, Any], request: TrainRequest, plan: Plan, machine: MachineFacts, start: float
+) -> Measured:
+    """Each question in turn, in the way that the one before it found best."""
+    ways = ways_to_execute(plan, machine)
+    answers = probe.ask({**ask, "what": "ways", "ways": ways, "plan": plan.to_dict(),
+                         "allocator": machine.has_mallopt and machine.device == "cpu"})  # fmt: skip
+    steps = tuple(StepCost(**f) for f in answers if "precision" in f)
+    allocator = next((AllocatorCost(**f) for f in answers if "ratio" in f), None)
+    best = best_execution(matching(steps, plan.precision, plan.channels_last))
+    batches: tuple[BatchCost, ...] = ()
+    if best is not None:
+        way = plan.changed(precision=best.precision, channels_last=best.channels_last)
+        projected = best.seconds * max(1, ask["num_train"] // plan.batch.value) * plan.epochs.value
+        steps += tuple(_compiled(probe, ask, way, best, mode) for mode in modes_to_try(plan, machine, projected))
+        if plan.batch.source != "asked" or request.measure or pays_to_compile(projected):
+            asked = {**ask, "what": "sizes", "sizes": _sizes(plan, ask["num_train"]), "plan": way.to_dict()}
+            batches = tuple(BatchCost(**f) for f in probe.ask(asked))
+    size = best_batch(batches, ask["memory"]) if plan.batch.source != "asked" else None
+    left = MAX_SECONDS - (time.monotonic() - start)
+    loading = _loading(probe, ask, plan, best, size, left, asked=request.measure is not None)
+    return Measured(batch=plan.batch.value, steps=steps, batches=batches, loading=loading, memory=ask["memory"],
+                    allocator=allocator, seconds=time.monotonic() - start)  # fmt: skip
+
+
+def _compiled(probe: ProbeProcess, ask: dict[str, Any], way: Plan, best: StepCost, mode: str) -> StepCost:
     """The best eager way, compiled: measured in a process that is ended if it takes too long."""
     limit = 2 * MAX_SECONDS if way.compile.source == "asked" else COMPILE_SECONDS
     asked = {**ask, "what": "compile", "way": asdict(best), "mode": mode, "plan": way.to_dict()}
-    found = ask_child(folder, asked, limit)
+    found = probe.ask(asked, limit)
     if found:
         return StepCost(**found[0])
     return replace(best, compile=mode, seconds=0.0, problem=f"not compiled within {limit:.0f} s, or the process died")
@@ -136,7 +142,7 @@ def _sizes(plan: Plan, num_train: int) -> list[int]:
 
 
 def _loading(
-    folder: Path, ask: dict[str, Any], plan: Plan, way: StepCost | None, size: BatchCost | None, left: float, *,
+    probe: ProbeProcess, ask: dict[str, Any], plan: Plan, way: StepCost | None, size: BatchCost | None, left: float, *,
     asked: bool,
 ) -> tuple[LoadCost, ...]:  # fmt: skip
     """What the step waits for data, executed as it will be, within the seconds that are left for measuring."""
@@ -150,7 +156,7 @@ def _loading(
         return ()
     seconds = max(seconds, LOADING_LEAST)
     ask = {**ask, "what": "loading", "seconds": seconds, "num_cores": num_cores(), "plan": plan.to_dict()}
-    found = [LoadCost(**f) for f in ask_child(folder, ask)]
+    found = [LoadCost(**f) for f in probe.ask(ask)]
     return tuple({cost.key: cost for cost in found}.values()) or (  # the later counts
         LoadCost(cache=plan.cache.value, workers=0, prefetch=plan.prefetch.value, problem="could not be measured"),
     )
@@ -168,10 +174,8 @@ def _still_holds(earlier: Measured, plan: Plan, num_train: int, memory: int) -> 
     ended_by_memory = any(b.problem or b.memory > earlier.memory for b in earlier.batches)
     if ended_by_memory and memory > 1.1 * earlier.memory:
         return False
-    way, size = (
-        best_execution(matching(earlier.steps, plan.precision, plan.channels_last)),
-        best_batch(earlier.batches, memory),
-    )
+    way = best_execution(matching(earlier.steps, plan.precision, plan.channels_last))
+    size = best_batch(earlier.batches, memory)
     plan = plan if size is None else plan.changed(batch=size.batch)
     return bool(earlier.loading) or way is None or not _loading_seconds(plan, num_train, (size or way).seconds)
 
@@ -183,9 +187,8 @@ def _key(plan: Plan, index: DatasetIndex, num_train: int, machine: MachineFacts)
              "deterministic")  # fmt: skip
     parts = {name: getattr(plan, name).value for name in names}
     versions = [metadata.version(name) for name in ("torch", "timm")]
-    asked = [
-        getattr(plan, n).value for n in ("precision", "channels_last", "compile") if getattr(plan, n).source == "asked"
-    ]
+    executed = ("precision", "channels_last", "compile")
+    asked = [getattr(plan, n).value for n in executed if getattr(plan, n).source == "asked"]
     text = json.dumps([parts, asked, plan.batch.source, len(index.class_names), batch_candidates(num_train),
                        machine.device_name, machine.num_cores, versions, _loading_key(plan, index)])  # fmt: skip
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
@@ -208,39 +211,77 @@ def _write_batch(folder: Path, plan: Plan, index: DatasetIndex, rows: npt.NDArra
     np.savez(folder / "batch.npz", images=images, targets=index.targets[rows])
 
 
-def ask_child(folder: Path, ask: dict[str, Any], seconds: float = 2 * MAX_SECONDS) -> list[dict[str, Any]]:
-    """Run a process on what is asked; its findings, also if it died or took longer than `seconds`.
+class ProbeProcess:
+    """The process that measures, started once: each question is answered by a process forked from it.
 
-    It answers into a file: compilers that it started would hold a pipe open after its end.
+    So torch is imported once (4 s), in the background while the caller prepares the questions, and still a crash, a
+    limit of memory or a peak of it belongs to one answer alone. Answers go into a file: compilers that an answering
+    process started would hold a pipe open after its end.
     """
-    write_json(folder / "ask.json", ask)
-    with open(folder / "found", "w+", encoding="utf-8") as answers:
-        process = subprocess.Popen([sys.executable, "-m", "goodfit.api.probe_child", str(folder)], stdout=answers,
-                                   stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
-        try:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=seconds)
-        finally:
-            _end(process)
-        answers.seek(0)
-        output = answers.read()
-    found = []
-    for line in output.splitlines():
-        with contextlib.suppress(ValueError):  # cut off when the process died, or a library's own words
-            made = json.loads(line)
-            if isinstance(made, dict) and "problem" in made:
-                found.append(made)
-    left = ask.get("sizes", ())[len(found) :]
-    if process.returncode and left and not any(f["problem"] for f in found):
-        found.append(asdict(BatchCost(batch=left[0], problem="the process died, most likely of memory")))
-    return found
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._process: subprocess.Popen[str] | None = self._start()
+
+    def __enter__(self) -> ProbeProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def ask(self, question: dict[str, Any], seconds: float = 2 * MAX_SECONDS) -> list[dict[str, Any]]:
+        """What was found by the answering process, also if it died or took longer than `seconds`."""
+        write_json(self._folder / "ask.json", question)
+        self._process = self._process or self._start()
+        status = self._wait_for_answer(self._process, seconds)
+        found = []
+        for line in (self._folder / "found").read_text("utf-8", "replace").splitlines():
+            with contextlib.suppress(ValueError):  # cut off when the process died, or a library's own words
+                made = json.loads(line)
+                if isinstance(made, dict) and "problem" in made:
+                    found.append(made)
+        left = question.get("sizes", ())[len(found) :]
+        if status != "0" and left and not any(f["problem"] for f in found):
+            found.append(asdict(BatchCost(batch=left[0], problem="the process died, most likely of memory")))
+        return found
+
+    def _start(self) -> subprocess.Popen[str]:
+        return subprocess.Popen([sys.executable, "-m", "goodfit.api.probe_child", str(self._folder)], text=True,
+                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                start_new_session=True)  # fmt: skip
+
+    def _wait_for_answer(self, process: subprocess.Popen[str], seconds: float) -> str:
+        """The status the answering process ended with; empty if it was ended, or all of them died."""
+        assert process.stdin is not None and process.stdout is not None
+        (self._folder / "found").write_text("")
+        watch = threading.Timer(seconds, _kill, [process])
+        watch.start()
+        status = ""
+        with contextlib.suppress(OSError):
+            process.stdin.write("answer\n")
+            process.stdin.flush()
+            status = process.stdout.readline().strip()
+        watch.cancel()
+        if not status:
+            self._end()
+        return status
+
+    def _end(self) -> None:
+        if self._process is None:
+            return
+        _kill(self._process)
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(OSError):  # what was not read by then
+                assert pipe is not None
+                pipe.close()
+        self._process = None
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _kill(process: subprocess.Popen[str]) -> None:
     """End a process with all that it started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         if hasattr(os, "killpg"):
             os.killpg(process.pid, signal.SIGKILL)
         else:
             process.kill()
-    process.wait()

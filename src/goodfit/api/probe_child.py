@@ -1,12 +1,15 @@
-"""The process of its own that measures: `python -m goodfit.api.probe_child FOLDER` reads `ask.json`, prints what it finds.
+"""The process of its own that measures: `python -m goodfit.api.probe_child FOLDER` answers `ask.json` at every line it reads.
 
-One JSON object per finding, as soon as it is known: what was printed before the process died counts.
+Each answer is given by a process forked from it, which writes one JSON object per finding into the file `found`, as soon as
+it is known: what was written before it died counts. Its exit status is printed at its end.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -184,10 +187,37 @@ def budget(projected: float) -> float:
 
 
 def main() -> None:
-    """Answer `ask.json` of the folder given, one line of JSON per finding."""
+    """Answer at every line of standard input until it ends; with `--now`, once."""
     folder = Path(sys.argv[1])
+    if "--now" in sys.argv:
+        _write_answer(folder)
+        return
+    for _ in sys.stdin:
+        print(_answer_apart(folder), flush=True)
+
+
+def _write_answer(folder: Path) -> None:
     for cost in answer(folder, read_json(folder / "ask.json")):
         print(json.dumps(asdict(cost)), flush=True)
+
+
+def _answer_apart(folder: Path) -> int:
+    """Answer in a process of its own. Returns its exit status, or the signal it died of as a negative number."""
+    with open(folder / "found", "w", encoding="utf-8") as found:
+        if sys.platform != "linux":  # a fork of a process that has loaded Apple's libraries may crash
+            command = [sys.executable, "-m", "goodfit.api.probe_child", str(folder), "--now"]
+            return subprocess.run(command, stdout=found, stdin=subprocess.DEVNULL).returncode
+        child = os.fork()  # so far there are no threads but OpenBLAS's, which survives it, and no device was touched
+        if child:
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        status = 1
+        try:
+            os.dup2(found.fileno(), 1)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            _write_answer(folder)
+            status = 0
+        finally:  # never back into the loop that reads the questions
+            os._exit(status)
 
 
 if __name__ == "__main__":

@@ -69,15 +69,8 @@ def projection_stage(run: Run, parts: Parts, journal: Journal) -> None:
 def _pace(run: Run, parts: Parts, rate: float) -> Pace | None:
     """The run's pace; None where its copies found no room: training itself, which needs less, deals with that."""
     try:
-        return measure_pace(
-            parts.state,
-            parts.context,
-            parts.train,
-            parts.val,
-            folder=run.path,
-            bare_rate=rate,
-            compiled=parts.plan.compile.value,
-        )
+        return measure_pace(parts.state, parts.context, parts.train, parts.val, folder=run.path, bare_rate=rate,
+                            compiled=parts.plan.compile.value)  # fmt: skip
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

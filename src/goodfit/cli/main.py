@@ -129,7 +129,7 @@ COMMANDS: dict[str, Callable[[Words, Asked], Answer]] = {
 }  # fmt: skip
 USAGE = {
     "train": "goodfit train FOLDER [key=value ...]", "demo": "goodfit demo [key=value ...]",
-    "resume": "goodfit resume RUN [workers=N] [latency=MS]", "test": "goodfit test RUN", "audit": "goodfit audit FOLDER [key=value ...]",
+    "resume": "goodfit resume RUN [workers=N] [latency=20ms]", "test": "goodfit test RUN", "audit": "goodfit audit FOLDER [key=value ...]",
     "plan": "goodfit plan FOLDER [key=value ...]", "predict": "goodfit predict BUNDLE IMAGE... [table=true]",
 }  # fmt: skip
 

@@ -173,9 +173,8 @@ def _allocator(choose: Chooser, machine: MachineFacts, measured: Measured | None
         return choose("allocator", "system", "this C library has no such setting")
     found = measured.allocator if measured is not None else None
     if found is None or not found.ratio:
-        return choose(
-            "allocator", "keep", "freed memory is kept for the next step: fewer page faults, 5 % more memory held"
-        )
+        why = "freed memory is kept for the next step: fewer page faults, 5 % more memory held"
+        return choose("allocator", "keep", why)
     keep = found.ratio >= 1 - ALLOCATOR_LOSS
     text = f"freed memory is {'kept' if keep else 'not kept, which was'}: {found.ratio:.2f} × as fast (interleaved)"
     return choose("allocator", "keep" if keep else "system", text, "measured")
@@ -198,7 +197,9 @@ def _arithmetic(choose: Chooser, facts: Facts, epochs: int) -> tuple[Decision[st
     last = machine.device != "mps"
     precision = choose("precision", *usual)
     channels_last = choose("channels_last", last, "faster convolutions" if last else "slower on this device")
-    compiled = choose("compile", "off", "not measured: compiling takes time at the start of every run")
+    compiled = choose(
+        "compile", "off", "compiling takes time at the start of every run: not measured where that is short"
+    )
     _check_device(machine, precision.value, compiled.value)
     steps = measured.steps if measured is not None else ()
     updates = epochs * max(1, facts.data.num_train // measured.batch) if measured is not None else 1
@@ -214,7 +215,10 @@ def _arithmetic(choose: Chooser, facts: Facts, epochs: int) -> tuple[Decision[st
     if channels_last.source != "asked":
         channels_last = choose("channels_last", best.channels_last, why if not free else
                                f"with precision, {1e3 * best.seconds:.0f} ms a step", "measured")  # fmt: skip
-    compiled = _compile(choose, steps, best)
+    if figures := explain_compile(steps):
+        compiled = choose("compile", best.compile, figures, "measured")
+        if compiled.source == "asked":
+            compiled = replace(compiled, reason=f"asked for: {figures}")
     return _warned(precision, channels_last, compiled, steps, best, updates)
 
 
@@ -226,16 +230,6 @@ def _check_device(machine: MachineFacts, precision: str, compiled: str) -> None:
         raise RequestError(
             "compile=reduce-overhead records CUDA graphs, and so needs a CUDA GPU.", next="use compile=default"
         )
-
-
-def _compile(choose: Chooser, steps: Sequence[StepCost], best: StepCost) -> Decision[str]:
-    figures = explain_compile(steps)
-    if not figures:
-        return choose(
-            "compile", "off", "compiling takes time at the start of every run: not measured where that is short"
-        )
-    decision = choose("compile", best.compile, figures, "measured")
-    return replace(decision, reason=f"asked for: {figures}") if decision.source == "asked" else decision
 
 
 def pays_to_compile(seconds: float) -> bool:

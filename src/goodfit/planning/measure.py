@@ -25,6 +25,7 @@ Build = Callable[[str, bool], tuple[TrainState, StepContext]]  # precision, chan
 
 WARM_STEPS = 2  # not counted: allocation, kernel choice
 MIN_ROUNDS, MAX_ROUNDS = 4, 25
+PATIENCE = 60.0  # seconds, after which the ways that are ready are timed once each, and no more are made ready
 MIN_STEPS, MAX_STEPS = 3, 12
 SECONDS_PER_SIZE = 4.0
 COMPILE_STEPS = 3  # the first ones of a compiled network: compiling, and on CUDA the recording of graphs
@@ -46,13 +47,20 @@ def measure_executions(
         build: Makes the run's state and context at a precision and memory format.
         group: One batch.
         ways: Precision and memory format; the first must be fp32, which the others are compared with.
-        seconds: After this many no further round is begun; four rounds are made in any case.
+        seconds: After this many no further round is begun; four rounds are made in any case, but for `PATIENCE`.
     """
     start = time.monotonic()
+
+    def late() -> bool:
+        return time.monotonic() - start > PATIENCE
+
     ready: list[tuple[StepCost, TrainState, StepContext]] = []
     reference: tuple[float, torch.Tensor] | None = None
     for precision, channels_last in ways:
         cost = StepCost(precision=precision, channels_last=channels_last)
+        if ready and late():
+            yield replace(cost, problem="not tried: the time for measuring was over")
+            continue
         try:
             state, context = build(precision, channels_last)
             loss, gradient = loss_and_gradient(state.model, context, group)
@@ -65,7 +73,7 @@ def measure_executions(
             yield replace(cost, problem=_reason(error))
     times: list[list[float]] = [[] for _ in ready]
     for number in range(MAX_ROUNDS):
-        if number >= MIN_ROUNDS and time.monotonic() - start > seconds:
+        if (number >= MIN_ROUNDS and time.monotonic() - start > seconds) or (number and late()):
             break
         order = range(len(ready)) if number % 2 else range(len(ready) - 1, -1, -1)
         for k in order:
