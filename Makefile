@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DATA ?= ../shared/data
 
-.PHONY: demo test check bench peers clean
+.PHONY: demo test soak check bench peers clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -18,6 +18,9 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+soak: .venv/installed
+	$(BIN)/python -m pytest -m soak
 
 check: .venv/installed
 	$(BIN)/ruff check src tests benchmarks

@@ -146,6 +146,7 @@ def trainer(laps: Laps, folder: Path, out: Path, half: bool) -> None:
         return {"pixel_values": torch.stack([r[0] for r in rows]), "labels": torch.tensor([r[1] for r in rows])}
 
     arguments = TrainingArguments(str(out), per_device_train_batch_size=BATCH, num_train_epochs=EPOCHS, bf16=half,
+                                  use_cpu=half and not torch.cuda.is_available(),  # else it refuses bf16
                                   dataloader_num_workers=WORKERS, eval_strategy="epoch", report_to=[],
                                   remove_unused_columns=False)  # fmt: skip
     Trainer(

@@ -39,7 +39,14 @@ def prepared(make_images, tmp_path, monkeypatch):
     data = make_images(60)
 
     def make(**asked):
-        asked = {"model": "resnet10t", "pretrained": "false", "imgsz": 32, "epochs": 20, "deterministic": True, **asked}
+        asked = {
+            "model": "test_resnet",
+            "pretrained": "false",
+            "imgsz": 32,
+            "epochs": 20,
+            "deterministic": True,
+            **asked,
+        }
         request = parse_request({"data": str(data), "batch": "study", **asked})
         audited = read_and_audit(request, Journal(None, ()))
         events = []
@@ -128,7 +135,7 @@ def test_an_interrupt_ends_it_and_leaves_nothing(make_images, tmp_path):
     data, temporary = make_images(310), tmp_path / "temporary"
     temporary.mkdir()
     environment = {**os.environ, "TMPDIR": str(temporary), "GOODFIT_CACHE_DIR": str(tmp_path / "cache")}
-    words = ("plan", str(data), "batch=study", "measure=false", "model=resnet10t", "pretrained=false", "epochs=300")
+    words = ("plan", str(data), "batch=study", "measure=false", "model=test_resnet", "pretrained=false", "epochs=300")
     process = subprocess.Popen([sys.executable, "-m", "goodfit", *words], cwd=tmp_path, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip

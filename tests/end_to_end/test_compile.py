@@ -16,17 +16,23 @@ ASKED = {"model": "test_resnet", "imgsz": 32, "epochs": 3, "batch": 16, "dropout
          "measure": False, "rehearse": False, "suspects": False, "seed": 1}  # fmt: skip
 
 
-@pytest.mark.skipif(bool(compiler_problem()), reason="needs a C++ compiler")
-def test_a_compiled_run_is_the_eager_one_and_resumes_exactly(bars, tmp_path):
+pytestmark = pytest.mark.skipif(bool(compiler_problem()), reason="needs a C++ compiler")
+
+
+def test_a_compiled_run_is_the_eager_one(bars, tmp_path):
     eager = goodfit.train(bars, project=str(tmp_path), name="eager", compile="off", **ASKED)
     whole = goodfit.train(bars, project=str(tmp_path), name="whole", compile="default", **ASKED)
     assert whole.plan.compile.value == "default"
     losses = [[e["train_loss"] for e in run.events if e["event"] == "epoch"] for run in (eager, whole)]
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
-    assert (
-        whole.result["state_sha256"] != eager.result["state_sha256"]
-    )  # it really was compiled: other kernels round otherwise
+    # It really was compiled: other kernels round otherwise.
+    assert whole.result["state_sha256"] != eager.result["state_sha256"]
     assert (whole.bundle / "model.onnx").is_file()
+
+
+@pytest.mark.soak
+def test_a_compiled_run_resumes_exactly(bars, tmp_path):
+    whole = goodfit.train(bars, project=str(tmp_path), name="whole", compile="default", **ASKED)
     words = [f"{name}={value}" for name, value in ASKED.items()]
     process = subprocess.Popen([sys.executable, "-m", "goodfit", "train", str(bars), f"project={tmp_path}", "name=killed",
                                 "compile=default", *words], stderr=subprocess.DEVNULL)  # fmt: skip

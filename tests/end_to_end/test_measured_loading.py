@@ -96,16 +96,6 @@ def test_a_process_that_dies_is_a_problem_and_no_error(prepared):
     assert best_loading(list(costs.values()), cache="off").workers == 0
 
 
-def test_the_plan_has_what_loading_costs_here(prepared, tmp_path):
-    request, audited = prepared(measure=True, cache="off", precision="fp32", channels_last=False)
-    plan = decide(request, audited, Journal(None, ()))
-    assert plan.measured.loading and {c.cache for c in plan.measured.loading} == {"ram", "off"}
-    assert len({c.key for c in plan.measured.loading}) == len(plan.measured.loading)
-    assert all(c.batch == 16 and c.rate > 0 and c.bare > 0 for c in plan.measured.loading if not c.problem)
-    assert plan.workers.source == "measured" and plan.workers.reason.startswith("loading waits")
-    assert not list((tmp_path / "cache").glob("pictures-*"))  # the probe writes no cache of pictures
-
-
 def test_loading_is_measured_anew_for_a_run_that_is_longer():
     way = StepCost(precision="fp32", channels_last=False, seconds=0.1)
     plan = plan_of(batch=32, cache="ram")

@@ -60,11 +60,16 @@ def test_it_finds_ways_and_sizes_touches_nothing_and_is_remembered(prepared, tmp
     assert asked[:2] == ["ways", "sizes"]  # another step is measured for itself
 
 
-def test_the_plan_takes_what_was_measured_and_never_overrules_what_was_asked(prepared):
-    request, audited, _, _ = prepared(measure=True, precision="fp32", batch=24)
+def test_the_plan_takes_what_was_measured_and_never_overrules_what_was_asked(prepared, tmp_path):
+    request, audited, _, _ = prepared(measure=True, precision="fp32", batch=24, cache="off")
     plan = decide(request, audited, Journal(None, ()))
     assert (plan.precision.value, plan.precision.source, plan.batch.value) == ("fp32", "asked", 24)
     assert plan.channels_last.source == "measured"
+    loading = plan.measured.loading
+    assert {c.cache for c in loading} == {"ram", "off"} and len({c.key for c in loading}) == len(loading)
+    assert all(c.batch == 24 and c.rate > 0 and c.bare > 0 for c in loading if not c.problem)
+    assert plan.workers.source == "measured" and plan.workers.reason.startswith("loading waits")
+    assert not list((tmp_path / "cache").glob("pictures-*"))  # measuring writes no cache of pictures
 
 
 def test_memory_ends_the_search_and_not_the_run(prepared):

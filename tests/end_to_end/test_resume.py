@@ -16,21 +16,8 @@ import pytest
 import goodfit
 
 # Everything that draws random numbers or keeps state: dropout, mixup, cutmix, averaging, accumulation, uneven micro-batches.
-EVERYTHING = (
-    "model=resnet10t",
-    "epochs=4",
-    "batch=18",
-    "accumulate=4",
-    "dropout=0.3",
-    "mixup=0.2",
-    "cutmix=0.5",
-    "ema=true",
-    "deterministic=true",
-    "rehearse=false",
-    "augment=standard",
-    "flip=0.5",
-    "json=true",
-)
+EVERYTHING = ("model=resnet10t", "epochs=4", "batch=18", "accumulate=4", "dropout=0.3", "mixup=0.2", "cutmix=0.5", "ema=true",
+              "deterministic=true", "rehearse=false", "suspects=false", "augment=standard", "flip=0.5", "json=true")  # fmt: skip
 
 
 def start(*words: str, cwd: Path) -> subprocess.Popen[str]:
@@ -39,11 +26,11 @@ def start(*words: str, cwd: Path) -> subprocess.Popen[str]:
                             stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
 
 
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
-    """Until the journal shows a step event at or beyond `step`, or the end of an epoch there."""
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str], *, after: int = 0) -> None:
+    """Until the journal shows, in lines after so many, a step event at or beyond `step`, or the end of an epoch there."""
     for _ in range(3000):
         events = (run / "events.jsonl").read_text() if (run / "events.jsonl").exists() else ""
-        for line in events.splitlines():
+        for line in events.splitlines()[after:]:
             try:
                 event = json.loads(line)
             except ValueError:
@@ -65,12 +52,17 @@ def uninterrupted(bars, tmp_path_factory) -> dict:
     done = subprocess.run([sys.executable, "-m", "goodfit", "train", str(bars), "name=whole", *EVERYTHING], cwd=folder,
                           capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return last_json(done.stdout)
+    metrics = folder / "runs" / "whole" / "metrics.csv"
+    return {**last_json(done.stdout), "rows": list(csv.DictReader(metrics.read_text().splitlines()))}
 
 
 @pytest.mark.parametrize(
     ("number", "code", "workers", "later"),
-    [(signal.SIGINT, 130, 0, 2), (signal.SIGTERM, 143, 2, 1), (signal.SIGINT, 130, 2, 0)],
+    [
+        (signal.SIGINT, 130, 0, 2),
+        (signal.SIGTERM, 143, 2, 1),
+        pytest.param(signal.SIGINT, 130, 2, 0, marks=pytest.mark.soak),
+    ],
 )
 def test_stopped_in_mid_epoch_and_resumed_with_other_workers(
     bars, uninterrupted, tmp_path, number, code, workers, later
@@ -95,13 +87,8 @@ def test_stopped_in_mid_epoch_and_resumed_with_other_workers(
     assert result["state_sha256"] == uninterrupted["state_sha256"]
     assert result["weights_sha256"] == uninterrupted["weights_sha256"]
     rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
-    whole = (
-        list(csv.DictReader(Path(uninterrupted["run"], "metrics.csv").read_text().splitlines()))
-        if Path(uninterrupted["run"]).exists()
-        else []
-    )
     assert [int(r["epoch"]) for r in rows] == [1, 2, 3, 4]
-    for mine, other in zip(rows, whole, strict=bool(whole)):
+    for mine, other in zip(rows, uninterrupted["rows"], strict=True):
         assert {k: mine[k] for k in ("step", "lr", "train/loss", "val/loss")} == {
             k: other[k] for k in ("step", "lr", "train/loss", "val/loss")}  # fmt: skip
 
@@ -113,12 +100,14 @@ def test_killed_and_resumed(bars, uninterrupted, tmp_path):
     wait_for_step(run, 15, process)
     process.kill()
     process.communicate()
-    for _ in range(2):  # twice, the second time again killed on the way
+    for again in (True, False):  # killed a second time on the way
+        before = len((run / "events.jsonl").read_text().splitlines())
         process = start("resume", "runs/killed", "json=true", cwd=tmp_path)
-        if _ == 0:
-            time.sleep(9)
+        if again:
+            wait_for_step(run, 15, process, after=before)
             process.kill()
         out, err = process.communicate()
+        assert not again or process.returncode == -signal.SIGKILL
     assert process.returncode == 0, err
     assert last_json(out)["state_sha256"] == uninterrupted["state_sha256"]
     assert [int(r["epoch"]) for r in csv.DictReader((run / "metrics.csv").read_text().splitlines())] == [1, 2, 3, 4]
