@@ -147,6 +147,7 @@ def trainer(laps: Laps, folder: Path, out: Path, half: bool) -> None:
 
     arguments = TrainingArguments(str(out), per_device_train_batch_size=BATCH, num_train_epochs=EPOCHS, bf16=half,
                                   use_cpu=half and not torch.cuda.is_available(),  # else it refuses bf16
+                                  save_strategy="no" if half else "steps",  # its default; channels-last weights it cannot save
                                   dataloader_num_workers=WORKERS, eval_strategy="epoch", report_to=[],
                                   remove_unused_columns=False)  # fmt: skip
     Trainer(
