@@ -38,14 +38,15 @@ PUBLIC = [
 ]  # fmt: skip
 
 OPTIONS = [
-    "data", "model", "pretrained", "epochs", "batch", "imgsz", "device", "seed",
-    "project", "name", "exist_ok", "latency", "latency_threads", "plan", "task", "format", "image_column", "text_column",
-    "label_column", "split_column", "group", "header", "encoding", "images", "annotations", "labels",
-    "like", "resplit", "split", "split_seed", "fraction", "max_bad", "suspects", "cache",
-    "workers", "prefetch", "augment", "policy", "erase", "close_augment", "flip", "mixup", "cutmix",
-    "balance", "optimizer", "lr", "lr_find", "head_lr", "weight_decay", "momentum", "schedule", "warmup",
-    "lrf", "accumulate", "batch_study", "clip", "label_smoothing", "dropout", "drop_path", "ema", "patience",
-    "min_delta", "monitor", "measure", "memory", "precision", "channels_last", "compile", "threads", "deterministic", "rehearse",
+    "data", "model", "pretrained", "epochs", "time", "batch", "imgsz", "device", "seed", "project", "name",
+    "exist_ok", "latency", "latency_threads", "plan", "task", "format", "image_column", "text_column", "label_column",
+    "split_column", "group", "header", "encoding", "images", "annotations", "labels", "like", "resplit", "split",
+    "split_seed", "fraction", "max_bad", "suspects", "cache", "workers", "prefetch", "augment", "policy", "erase",
+    "close_augment", "flip", "mixup", "cutmix", "scale", "multi_scale", "progressive", "balance", "optimizer", "lr",
+    "lr_find", "head_lr", "layer_decay", "freeze", "unfreeze", "weight_decay", "momentum", "schedule", "warmup",
+    "decay", "milestones", "period", "gamma", "lrf", "accumulate", "batch_study", "clip", "clip_value",
+    "label_smoothing", "dropout", "drop_path", "ema", "swa", "patience", "min_delta", "monitor", "measure", "memory",
+    "precision", "channels_last", "compile", "threads", "deterministic", "rehearse",
 ]  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from goodfit.config.durations import parse_length, parse_seconds
 from goodfit.config.request import Option, TrainRequest, options, spellings
 from goodfit.config.yaml12 import read_yaml
 from goodfit.core.errors import RequestError
@@ -101,6 +102,8 @@ def coerce(name: str, option: Option, value: Any) -> Any:
         return _to_number(option, value)
     if option.kind == "milliseconds":
         return _to_milliseconds(option, value)
+    if option.kind in ("length", "lengths", "seconds"):
+        return _to_length(option, value)
     if option.kind == "choice":
         return _to_choice(name, option, value)
     if option.kind == "split":
@@ -200,11 +203,26 @@ def _to_milliseconds(option: Option, value: Any) -> float:
     return float(_to_number(option, text.removesuffix(unit))) * _UNITS[unit]
 
 
+def _to_length(option: Option, value: Any) -> str | float:
+    """A length of training, several of them joined by commas, or a length of time (seconds; also a number in YAML)."""
+    try:
+        if option.kind == "seconds":
+            return float(value) if isinstance(value, float) and value > 0 else parse_seconds(value)
+        if option.kind == "lengths":
+            parts = value if isinstance(value, list | tuple) else str(value).split(",")
+            return ",".join(parse_length(part) for part in parts)
+        return parse_length(value)
+    except ValueError as error:
+        raise BadValue(str(error)) from error
+
+
 _OFF = {"false": "off", "none": "off", "no": "off"}
 _CHOICE_WORDS = {  # other words for a choice; cache=True means "keep them", as elsewhere
     "cache": {"true": "ram", **_OFF}, "augment": _OFF, "compile": {"true": "default", **_OFF},
     "policy": {**_OFF, "trivialaugment": "trivial", "randaugment": "rand"},
     "balance": {**_OFF, "weights": "loss"}, "format": {"csv": "table", "tsv": "table", "jsonl": "table", "parquet": "table"},
+    "schedule": {"one-cycle": "onecycle", "1cycle": "onecycle", "warm-restarts": "restarts", "cyclical": "triangular",
+                 "cyclic": "triangular", "multi-step": "multistep", "cos": "cosine", "exp": "exponential", "exp_range": "exp-range"},
     "task": {"classification": "classify", "detection": "detect", "segmentation": "segment"},
 }  # fmt: skip
 

@@ -13,7 +13,9 @@ from goodfit.core.errors import RequestError
 
 Source = Literal["asked", "rule", "measured"]
 ADDED: dict[str, Any] = {  # decisions that plans of earlier versions lack, and what was done then
-    "compile": "off", "allocator": "keep", "prefetch": 2, "latency": 0.0, "latency_threads": 1,
+    "compile": "off", "allocator": "keep", "prefetch": 2, "latency": 0.0, "latency_threads": 1, "most_epochs": 0, "time": 0.0,
+    "layer_decay": 1.0, "freeze": "", "unfreeze": "never", "decay": 0.2, "milestones": [], "period": 0.0, "gamma": 0.1,
+    "clip_value": 0.0, "swa": 0.0, "scale": 0.0, "multi_scale": 0.0, "progressive": 1.0,
 }  # fmt: skip
 T_co = TypeVar("T_co", covariant=True)
 
@@ -31,7 +33,8 @@ class Decision(Generic[T_co]):
 class Plan:
     """Everything that decides what a run computes. Nothing in running code is "auto"; the saved plan is what ran.
 
-    Lengths: epochs and warm-up in epochs; batch and micro-batch in samples; imgsz in pixels. Shares are fractions.
+    Lengths: epochs, warm-up, milestones and period in epochs; time in seconds; batch and micro-batch in samples; imgsz in
+    pixels. Shares are fractions.
     """
 
     task: Decision[str]
@@ -46,26 +49,40 @@ class Plan:
     imgsz: Decision[int]
     preprocessing: Decision[dict[str, Any]]
     epochs: Decision[int]
+    most_epochs: Decision[int]  # that a run which is still improving may be extended to; `epochs` or less: it never is
+    time: Decision[float]  # seconds that the whole run may take; 0 is no limit
     batch: Decision[int]
     accumulate: Decision[int]
     optimizer: Decision[str]
     lr: Decision[float]
     head_lr: Decision[float]
+    layer_decay: Decision[float]  # learning rate of a layer over that of the next nearer to the head; 1 is off
+    freeze: Decision[str]  # "" nothing, a number of layers, "all-but-head", or a pattern of parameter names
+    unfreeze: Decision[str]  # "never", "gradual", or after how many epochs
     weight_decay: Decision[float]
     momentum: Decision[float]
     schedule: Decision[str]
     warmup: Decision[float]
+    decay: Decision[float]  # share of the run at its end over which wsd falls
+    milestones: Decision[list[float]]
+    period: Decision[float]
+    gamma: Decision[float]
     lrf: Decision[float]
     clip: Decision[float]
+    clip_value: Decision[float]
     label_smoothing: Decision[float]
     dropout: Decision[float]
     drop_path: Decision[float]
     ema: Decision[bool]
+    swa: Decision[float]  # share of the run at its end over which weights are averaged equally; 0 is off
     patience: Decision[int]
     min_delta: Decision[float]
     monitor: Decision[str]
     balance: Decision[str]
     augment: Decision[str]
+    scale: Decision[float]  # zoom in place of the preset's; 0 keeps that
+    multi_scale: Decision[float]
+    progressive: Decision[float]  # share of imgsz at the start; 1 is off
     policy: Decision[str]
     erase: Decision[float]
     close_augment: Decision[float]
@@ -129,7 +146,8 @@ class Plan:
                 continue
             kind = type_text.removeprefix("Decision[").removesuffix("]").split("[")[0]
             kinds: dict[str, tuple[type, ...]] = {
-                "str": (str,), "int": (int,), "float": (float, int), "bool": (bool,), "dict": (dict,)
+                "str": (str,), "int": (int,), "float": (float, int), "bool": (bool,), "dict": (dict,),
+                "list": (list,),
             }  # fmt: skip
             ok = isinstance(row.get("value"), kinds[kind]) and (kind == "bool" or not isinstance(row["value"], bool))
             if not ok or row.get("source") not in ("asked", "rule", "measured"):

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-Kind = Literal["int", "float", "bool", "text", "choice", "pretrained", "split", "milliseconds"]
+Kind = Literal["int", "float", "bool", "text", "choice", "pretrained", "split", "milliseconds", "length", "lengths",
+               "seconds"]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,9 @@ class Option:
 
 
 TASKS = ("classify", "detect", "segment", "text", "language")
+OPTIMIZERS = ("adamw", "adam", "nadam", "radam", "rmsprop", "sgd", "muon")
+SCHEDULES = ("wsd", "cosine", "linear", "constant", "step", "multistep", "exponential", "plateau", "onecycle",
+             "triangular", "triangular2", "exp-range", "restarts")  # fmt: skip
 FORMATS = ("folders", "table", "coco", "yolo", "voc", "masks", "text", "text-table", "text-lines",
            "text-folders", "plain-text")  # fmt: skip
 
@@ -42,7 +46,10 @@ class TrainRequest:
     pretrained: str | None = _ask(
         "pretrained", "Basic", "true, false, a timm weight name, or a .safetensors file", aliases=("weights",)
     )
-    epochs: int | None = _ask("int", "Basic", "passes over the training split", aliases=("num_epochs",), low=1)
+    epochs: int | None = _ask("int", "Basic", "passes over the training split; auto stops or extends as validation says",
+                              aliases=("num_epochs",), low=1)  # fmt: skip
+    time: float | None = _ask("seconds", "Basic", "time for the whole run, as 2h or 90m: the learning rate falls in time",
+                              aliases=("time_limit",))  # fmt: skip
     batch: int | None = _ask(
         "int", "Basic", "samples per update; auto or -1 decides", aliases=("batch_size", "bs"), low=1
     )
@@ -98,23 +105,38 @@ class TrainRequest:
     mixup: float | None = _ask("float", "Augmentation", "alpha of mixup; 0 is off", low=0.0, high=10.0)
     cutmix: float | None = _ask("float", "Augmentation", "alpha of cutmix; 0 is off", low=0.0, high=10.0)
 
+    scale: float | None = _ask("float", "Augmentation", "zoom of the augmentation, ± this share", low=0.0, high=0.9)
+    multi_scale: float | None = _ask("float", "Augmentation", "input size of each batch, ± this share of imgsz", low=0.0,
+                                     high=0.9)  # fmt: skip
+    progressive: float | None = _ask("float", "Augmentation",
+                                     "share of imgsz that training starts at, growing to imgsz; 1 is off",
+                                     aliases=("progressive_resizing",), low=0.1, high=1.0)  # fmt: skip
+
     balance: str | None = _ask("choice", "Optimisation", "against class imbalance: sampling, loss weights, logit adjustment",
                                choices=("off", "sample", "loss", "logit"))  # fmt: skip
-    optimizer: str | None = _ask(
-        "choice", "Optimisation", "adamw, adam or sgd", aliases=("opt",), choices=("adamw", "adam", "sgd")
-    )
+    optimizer: str | None = _ask("choice", "Optimisation", "how gradients become updates; muon is for matrices, adamw for the rest",
+                                 aliases=("opt",), choices=OPTIMIZERS)  # fmt: skip
     lr: float | None = _ask(
         "float", "Optimisation", "peak learning rate of the backbone", aliases=("lr0", "learning_rate"), low=0.0,
         high=100.0)  # fmt: skip
     lr_find: bool | None = _ask("bool", "Optimisation", "find the learning rate by a range test; also lr=find")
     head_lr: float | None = _ask("float", "Optimisation", "peak learning rate of the new head", low=0.0, high=100.0)
+    layer_decay: float | None = _ask("float", "Optimisation", "learning rate of each layer, a share of the next nearer to the head; 1 is off",
+                                     aliases=("layerwise_decay",), low=0.01, high=1.0)  # fmt: skip
+    freeze: str | None = _ask("text", "Optimisation", "what does not train at first: a number of layers from the input, all-but-head, "
+                              "or a pattern of parameter names; off")  # fmt: skip
+    unfreeze: str | None = _ask("text", "Optimisation", "when it does: never, gradual (a layer an epoch), or after how many epochs")
     weight_decay: float | None = _ask("float", "Optimisation", "weight decay (decoupled for adamw)", low=0.0, high=10.0)
     momentum: float | None = _ask("float", "Optimisation", "SGD momentum, or Adam's beta 1", low=0.0, high=0.9999)
-    schedule: str | None = _ask(
-        "choice", "Optimisation", "wsd: warm-up, stable, decay; cosine: warm-up, cosine",
-        aliases=("scheduler", "lr_scheduler"), choices=("wsd", "cosine"))  # fmt: skip
-    warmup: float | None = _ask("float", "Optimisation", "warm-up of the learning rate, epochs",
-                                aliases=("warmup_epochs",), low=0.0, high=1000.0)  # fmt: skip
+    schedule: str | None = _ask("choice", "Optimisation", "learning rate over the run; wsd: warm-up, stable, decay",
+                                aliases=("scheduler", "lr_scheduler"), choices=SCHEDULES)  # fmt: skip
+    warmup: str | None = _ask("length", "Optimisation", "warm-up of the learning rate: epochs, 500steps or 5%",
+                              aliases=("warmup_epochs",))  # fmt: skip
+    decay: str | None = _ask("length", "Optimisation", "last part of the run, in which wsd falls: epochs, steps or %")
+    milestones: str | None = _ask("lengths", "Optimisation", "where multistep falls, as 30,60,90 or 50%,75%")
+    period: str | None = _ask("length", "Optimisation", "between steps or restarts, half a cycle, or plateau's patience",
+                              aliases=("step_size",))  # fmt: skip
+    gamma: float | None = _ask("float", "Optimisation", "factor of each step, epoch or plateau", low=0.0, high=1.0)
     lrf: float | None = _ask("float", "Optimisation", "last learning rate as a share of the peak", low=0.0, high=1.0)
     accumulate: int | None = _ask(
         "int", "Optimisation", "micro-batches per update",
@@ -126,10 +148,13 @@ class TrainRequest:
     )
     clip: float | None = _ask("float", "Optimisation", "largest gradient norm; 0 is off",
                               aliases=("gradient_clip_val", "max_grad_norm"), low=0.0)  # fmt: skip
+    clip_value: float | None = _ask("float", "Optimisation", "largest element of the gradient; 0 is off", low=0.0)
     label_smoothing: float | None = _ask("float", "Optimisation", "label smoothing", low=0.0, high=0.9)
     dropout: float | None = _ask("float", "Optimisation", "dropout before the head", low=0.0, high=0.95)
     drop_path: float | None = _ask("float", "Optimisation", "stochastic depth", low=0.0, high=0.95)
     ema: bool | None = _ask("bool", "Optimisation", "average the weights over the last steps")
+    swa: float | None = _ask("float", "Optimisation", "share of the run at its end over which weights are averaged equally; 0 is off",
+                             low=0.0, high=0.9)  # fmt: skip
     patience: int | None = _ask("int", "Optimisation", "epochs without improvement before cooling down; 0 is off",
                                 low=0)  # fmt: skip
     min_delta: float | None = _ask("float", "Optimisation", "relative gain that counts as improvement", low=0.0,

@@ -11,19 +11,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from goodfit.config.chooser import Chooser
-from goodfit.config.execution import BATCH, choose_batch, choose_execution
+from goodfit.config.execution import choose_batch, choose_execution
 from goodfit.config.facts import DataFacts, Facts, MachineFacts, ModelFacts
 from goodfit.config.measured import Measured
 from goodfit.config.plan import Decision, Plan
+from goodfit.config.recipe import choose_recipe
 from goodfit.config.request import TrainRequest
 from goodfit.core.errors import RequestError
 
 SMALL_SIDE = 64  # pixels: below this, pictures share little with the photos that weights were trained on
-LR = {"adamw": 1e-3, "adam": 1e-3, "sgd": 0.05}  # at batch 64
-BACKBONE_LR = (
-    0.3  # of the rate from scratch, where the backbone is pretrained (trashnet: 1.0 lost 4 points, see dev/LOG.md)
-)
-HEAD_LR = 10  # times the rate of a pretrained backbone
 IMBALANCE = 5.0  # largest class over smallest, from which training is balanced
 BALANCE = "sample"
 BALANCE_REASON = "rare classes are drawn as often as the others"
@@ -104,37 +100,18 @@ def resolve(request: TrainRequest, facts: Facts, base: Plan | None = None) -> Pl
     if facts.fitted is not None and facts.fitted.chose_size:
         imgsz = Decision(facts.fitted.chosen.imgsz, facts.fitted.reason, "measured")
     batch, accumulate = choose_batch(choose, facts)
-    optimizer = choose("optimizer", "adamw", "steady over learning rates, the usual choice for fine-tuning")
-    lr, head_lr = _learning_rates(choose, optimizer.value, batch.value, pretrained, facts.measured)
-    epochs = choose("epochs", 300, "a budget: early stopping ends the run when it stops improving")
+    recipe = choose_recipe(choose, facts, batch.value)
     return Plan(
         **_data_decisions(request, data, base),
         **_model_decisions(request, facts, base),
         imgsz=imgsz,
         preprocessing=_preprocessing(imgsz.value, model, pretrained),
-        epochs=epochs,
         batch=batch,
         accumulate=accumulate,
-        optimizer=optimizer,
-        lr=lr,
-        head_lr=head_lr,
-        weight_decay=choose(
-            "weight_decay",
-            0.01 if optimizer.value == "adamw" else 1e-4,
-            "the guides' default for AdamW, little for others; none on norms and biases",
-        ),
-        momentum=choose("momentum", 0.9, "the usual value"),
-        schedule=choose(
-            "schedule", "wsd", "warm-up, stable, decay over the last fifth: can be extended and cooled down"
-        ),
-        warmup=choose("warmup", _warmup(epochs.value), "5 % of the epochs, at most 5"),
-        lrf=choose("lrf", 0.0, "decay to zero"),
-        clip=choose("clip", 1.0, "a guard against rare large gradients"),
+        **recipe,
         **_regularisation(choose, data, model, pretrained),
-        patience=choose("patience", 50, "the guides' default; warm-up is not counted"),
-        min_delta=choose("min_delta", 0.001, "the guides' default, relative"),
         **_balance(choose, data),
-        **choose_execution(choose, facts, imgsz.value, epochs.value),
+        **choose_execution(choose, facts, imgsz.value, recipe["epochs"].value),
         latency=_latency(choose, facts),
         latency_threads=choose("latency_threads", machine.num_cores, f"{machine.num_cores} cores here"),
         seed=choose("seed", 0, "fixed, so that the run can be repeated"),
@@ -230,40 +207,6 @@ def _preprocessing(imgsz: int, model: ModelFacts, pretrained: bool) -> Decision[
     return Decision(value, reason, "rule")
 
 
-def _learning_rates(
-    choose: Chooser, optimizer: str, batch: int, pretrained: bool, measured: Measured | None
-) -> tuple[Decision[float], Decision[float]]:
-    """Peak rates of the backbone and of the head: by the table, or as a range test found them where that was asked for."""
-    base = LR[optimizer]
-    ratio = batch / BATCH
-    factor, rule = (ratio, "linear") if optimizer == "sgd" else (math.sqrt(ratio), "square-root")
-    scaled = f"{base:g} at batch 64, {rule} rule" if batch != BATCH else f"{base:g}, the guides' default"
-    peak = _three_digits(base * factor)
-    if pretrained:
-        lr = choose("lr", _three_digits(peak * BACKBONE_LR), f"{BACKBONE_LR:g} of {scaled}: the backbone is pretrained")
-    else:
-        lr = choose("lr", peak, scaled)
-    found = measured.lr_range if measured is not None else None
-    if found is not None and not found.suggestion:
-        lr = replace(lr, reason=f"{lr.reason}; {found.reason}")
-    elif found is not None:
-        old, lr = lr.value, Decision(found.suggestion, found.reason, "measured")
-        if choose.base is not None and choose.request.head_lr is None:  # in the ratio of that plan, as they were tested
-            return lr, replace(choose.base.head_lr, value=_three_digits(choose.base.head_lr.value * lr.value / old))
-    if not pretrained:
-        return lr, choose("head_lr", lr.value, "as the rest: nothing is pretrained")
-    head = _three_digits(HEAD_LR * lr.value)
-    return lr, choose("head_lr", head, f"{HEAD_LR:g} times the backbone's: the head is new")
-
-
-def _three_digits(value: float) -> float:
-    return float(f"{value:.3g}")
-
-
-def _warmup(epochs: int) -> float:
-    return min(5.0, round(0.05 * epochs, 2))
-
-
 def _regularisation(choose: Chooser, data: DataFacts, model: ModelFacts, pretrained: bool) -> dict[str, Any]:
     small = data.median_side <= SMALL_SIDE
     augment = choose(
@@ -289,7 +232,6 @@ def _regularisation(choose: Chooser, data: DataFacts, model: ModelFacts, pretrai
         "dropout": choose("dropout", 0.2 if pretrained else 0.0,
                           "before the new head" if pretrained else "a small network from scratch needs none"),
         "drop_path": drop_path,
-        "ema": choose("ema", True, "the average of the last steps validates better than the last step"),
         "augment": augment,
         "flip": flip,
         **_policies(choose, augment.value),
@@ -299,13 +241,16 @@ def _regularisation(choose: Chooser, data: DataFacts, model: ModelFacts, pretrai
 def _policies(choose: Chooser, augment: str) -> dict[str, Any]:
     strong = augment == "strong"
     why = "part of the strong preset" if strong else "helps only long training"
+    scale = choose("scale", 0.0, "as the preset")
+    multi_scale = choose("multi_scale", 0.0, "every batch at the size that will be served")
+    progressive = choose("progressive", 1.0, "the whole run at the size that will be served")
     policy = choose("policy", "trivial" if strong else "off", why)
     erase = choose("erase", 0.25 if strong else 0.0, why)
     mixup, cutmix = choose("mixup", 0.2 if strong else 0.0, why), choose("cutmix", 1.0 if strong else 0.0, why)
     distorts = augment != "off" or policy.value != "off" or erase.value + mixup.value + cutmix.value > 0
     close = choose("close_augment", CLOSE_AUGMENT if distorts else 0.0,
                    "the last tenth of the epochs on pictures as they will be served" if distorts else "nothing to switch off")  # fmt: skip
-    return {"policy": policy, "erase": erase, "mixup": mixup, "cutmix": cutmix, "close_augment": close}
+    return {"scale": scale, "multi_scale": multi_scale, "progressive": progressive, "policy": policy, "erase": erase, "mixup": mixup, "cutmix": cutmix, "close_augment": close}
 
 
 def _balance(choose: Chooser, data: DataFacts) -> dict[str, Any]:
