@@ -84,7 +84,7 @@ def test_a_real_limit_of_memory_ends_the_search_below_it(prepared, tmp_path):
     import random
 
     from goodfit.api.probe import _write_batch
-    from goodfit.config.measured import BatchCost, best_batch
+    from goodfit.config.measured import BATCH_MARGIN, BatchCost, best_batch, latest
 
     _, audited, plan, rows = prepared(30, imgsz=64)
 
@@ -99,11 +99,11 @@ def test_a_real_limit_of_memory_ends_the_search_below_it(prepared, tmp_path):
            "counts": [20, 20, 20], "num_train": 20 * 512, "memory": 8 * 10**9}  # fmt: skip
     with ProbeProcess(tmp_path) as probe:
         assert [f["batch"] for f in probe.ask(ask, 0.3) if not f["problem"]] == []  # too slow: ended, and started anew
-        free = [BatchCost(**f) for f in probe.ask(ask)]
+        free = latest(BatchCost(**f) for f in probe.ask(ask))
     assert [b.batch for b in free] == [16, 64, 512] and not any(b.problem for b in free), free
     limit = (free[1].memory + free[2].memory) // 2
     with ProbeProcess(tmp_path) as probe:
-        poor = [BatchCost(**f) for f in probe.ask({**ask, "memory": limit})]
+        poor = latest(BatchCost(**f) for f in probe.ask({**ask, "memory": limit}))
     chosen = best_batch(poor, limit)
     shown = ", ".join(f"{b.batch}: {b.problem or f'{b.rate:,.0f} img/s, {b.memory / 1e6:.0f} MB'}" for b in poor)
     print(f"limit {limit / 1e6:.0f} MB; {shown}; chosen {chosen}; state {before[:12]} before, {state()[:12]} after")
@@ -111,7 +111,7 @@ def test_a_real_limit_of_memory_ends_the_search_below_it(prepared, tmp_path):
     last = poor[-1]
     assert last.batch == 512 and (last.problem or last.memory > limit), [asdict(b) for b in poor]
     rate = max(b.rate for b in poor[:-1])
-    assert chosen is not None and chosen.batch == min(b.batch for b in poor[:-1] if b.rate >= 0.95 * rate)
+    assert chosen is not None and chosen.batch == min(b.batch for b in poor[:-1] if b.rate >= (1 - BATCH_MARGIN) * rate)
 
 
 def test_a_process_that_dies_leaves_what_it_found(tmp_path):

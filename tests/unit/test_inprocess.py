@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from goodfit.config.measured import WORTHWHILE, best_batch
+from goodfit.config.measured import BATCH_MARGIN, best_batch
 from goodfit.data.loader import MicroBatch
 from goodfit.engine.device import DevicePolicy
 from goodfit.engine.ema import Ema
@@ -16,6 +16,7 @@ from goodfit.engine.optimizer import build_optimizer
 from goodfit.engine.ranks import Ranks
 from goodfit.engine.step import StepContext
 from goodfit.models.builder import ParameterGroup
+from goodfit.planning import measure
 from goodfit.planning.inprocess import copied_state, measure_batches_here
 
 SIZES, LIMIT = (16, 32, 64, 128, 256, 512), 100
@@ -104,7 +105,7 @@ def test_above_a_limit_the_largest_useful_size_is_found_and_the_callers_state_is
     assert [b.batch for b in found] == list(SIZES[: len(found)]) and max(b.batch for b in fitting) <= LIMIT
     assert found[-1].problem == "out of memory" and found[-1].batch == 128
     rate = max(b.rate for b in fitting)
-    allowed = min(b.batch for b in fitting if b.rate >= (1 - WORTHWHILE) * rate)
+    allowed = min(b.batch for b in fitting if b.rate >= (1 - BATCH_MARGIN) * rate)
     assert best_batch(found, 10**12).batch == allowed
 
 
@@ -119,3 +120,22 @@ def test_the_copy_learns_and_the_module_does_not():
         state.optimizer.step()
         assert any(not torch.equal(v, weights[k]) for k, v in state.model.state_dict().items())
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+
+
+def test_sizes_near_the_best_are_compared_in_turn(monkeypatch):
+    """One size after the other, 32 meets a slow moment of the machine; in turn, all sizes share it."""
+    calls = []
+
+    def step(_state, _context, group):
+        size = len(group[0].samples)
+        calls.append(size)
+        slow = 1.1 if size == 32 and calls.count(32) <= measure.WARM_STEPS + measure.MAX_STEPS else 1.0
+        return slow * (0.01 + 0.001 * size)
+
+    monkeypatch.setattr(measure, "timed_step", step)
+    context = StepContext(
+        Task(), Limited(ERRORS[0]), DevicePolicy(kind="cpu", precision="fp32", channels_last=False), Ranks(), 0, 1.0
+    )
+    found = measure_batches_here(Pictures(), context, build, group_of, (16, 32), memory=10**12, seconds=60, ema=False)
+    assert {b.batch: round(b.rate) for b in found} == {16: 615, 32: 762}
+    assert calls[-4:] == [32, 16, 16, 32] or calls[-4:] == [16, 32, 32, 16]

@@ -36,6 +36,7 @@ from goodfit.config.measured import (
     StepCost,
     best_batch,
     best_execution,
+    latest,
 )
 from goodfit.config.plan import Plan
 from goodfit.config.request import TrainRequest
@@ -117,7 +118,7 @@ def _measure(
         steps += tuple(_compiled(probe, ask, way, best, mode) for mode in modes_to_try(plan, machine, projected))
         if plan.batch.source != "asked" or request.measure or pays_to_compile(projected):
             asked = {**ask, "what": "sizes", "sizes": _sizes(plan, ask["num_train"]), "plan": way.to_dict()}
-            batches = tuple(BatchCost(**f) for f in probe.ask(asked))
+            batches = latest(BatchCost(**f) for f in probe.ask(asked))
     size = best_batch(batches, ask["memory"]) if plan.batch.source != "asked" else None
     left = MAX_SECONDS - (time.monotonic() - start)
     loading = _loading(probe, ask, plan, best, size, left, asked=request.measure is not None)

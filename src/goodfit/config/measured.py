@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +15,11 @@ ADMITTED_LOSS = 0.02  # relative difference of the loss from fp32 on the same ba
 # ... and of the gradient, as the norm of the difference over the norm. On trashnet bf16 is 0.03 to 0.06 off on resnet18 and 0.37
 # to 0.44 on mobilenetv2_100 (cosine 0.91), another batch of the same data 1.1 to 1.5, swapped colour channels 0.9 to 1.2.
 ADMITTED_GRADIENT = 0.5
-WORTHWHILE = 0.05  # gain in speed for which lower precision is taken, and within which a smaller batch is as good
+BATCH_MARGIN = (
+    0.03  # of the best rate, as measured, within which a smaller batch is as good: so 5 % in truth, with what
+)
+# the machine wanders while it is measured
+WORTHWHILE = 0.05  # gain in speed for which lower precision is taken
 ALLOCATOR_LOSS = 0.02  # share by which keeping freed memory may be measured slower before it is left off
 MEMORY_SHARE = 0.8  # of the free memory that a batch may take, unless asked otherwise
 
@@ -221,12 +225,17 @@ def explain_compile(steps: Sequence[StepCost]) -> str:
 
 
 def best_batch(batches: Sequence[BatchCost], memory: int) -> BatchCost | None:
-    """The smallest size within 5 % of the best rate among those that fit into `memory` bytes. None if none does."""
+    """The smallest size within 5 % of the best rate (3 % as measured) among those that fit into `memory` bytes. None if none does."""
     fitting = [b for b in batches if not b.problem and b.memory <= memory]
     if not fitting:
         return None
     best = max(b.rate for b in fitting)
-    return min((b for b in fitting if b.rate >= best * (1 - WORTHWHILE)), key=lambda b: b.batch)
+    return min((b for b in fitting if b.rate >= best * (1 - BATCH_MARGIN)), key=lambda b: b.batch)
+
+
+def latest(costs: Iterable[BatchCost]) -> tuple[BatchCost, ...]:
+    """The last figures of each size, in the order of their first."""
+    return tuple({cost.batch: cost for cost in costs}.values())
 
 
 def explain_batch(batches: Sequence[BatchCost], chosen: BatchCost, memory: int) -> str:

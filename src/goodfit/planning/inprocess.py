@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from goodfit.config.measured import BatchCost
+from goodfit.config.measured import BatchCost, latest
 from goodfit.engine.contracts import Micro
 from goodfit.engine.ema import Ema
 from goodfit.engine.schedule import Schedule
@@ -64,4 +64,4 @@ def measure_batches_here(
     """
     held = context.device.peak_memory()
     with copied_state(model, context, build_optimizer, ema=ema) as state:
-        return list(measure_batches(state, context, group_of, sizes, memory, seconds, held))
+        return list(latest(measure_batches(state, context, group_of, sizes, memory, seconds, held)))

@@ -27,7 +27,10 @@ WARM_STEPS = 2  # not counted: allocation, kernel choice
 MIN_ROUNDS, MAX_ROUNDS = 4, 25
 PATIENCE = 60.0  # seconds, after which the ways that are ready are timed once each, and no more are made ready
 MIN_STEPS, MAX_STEPS = 3, 12
-SECONDS_PER_SIZE = 4.0
+SECONDS_PER_SIZE = 2.5
+NEAR = 0.85  # of the best rate, from which sizes are compared once more, in turn ...
+NEAR_ROUNDS = (3, 12)  # ... so often at least and at most ...
+NEAR_SECONDS = 8.0  # ... within this time
 COMPILE_STEPS = 3  # the first ones of a compiled network: compiling, and on CUDA the recording of graphs
 COMPARED_STEPS = (6, 25)  # of the compiled and of the eager network in turn, at least and at most
 COMPARED_SECONDS = 8.0
@@ -156,7 +159,8 @@ def measure_batches(
     state: TrainState, context: StepContext, group_of: Callable[[int], Sequence[Micro]], sizes: Sequence[int],
     memory: int, seconds: float, held: int = 0,
 ) -> Iterator[BatchCost]:  # fmt: skip
-    """Time the step at growing batch sizes until memory, time or the gain ends.
+    """Time the step at growing batch sizes until memory, time or the gain ends; then those near the best once more, in
+    turn, which are yielded again: one after the other, 16 read 9 % faster than 32 here and was 7 % slower.
 
     Args:
         group_of: A batch of so many samples.
@@ -165,6 +169,38 @@ def measure_batches(
         held: Bytes that the process held before anything was built.
         seconds: After this many no further size is begun.
     """
+    found: list[BatchCost] = []
+    for cost in _upwards(state, context, group_of, sizes, memory, seconds, held):
+        found.append(cost)
+        yield cost
+    fitting = [cost for cost in found if not cost.problem and cost.memory <= memory]
+    best = max((cost.rate for cost in fitting), default=0.0)
+    near = [cost for cost in fitting if cost.rate >= NEAR * best]
+    if len(near) > 1:
+        yield from _in_turn(state, context, group_of, near)
+
+
+def _in_turn(
+    state: TrainState, context: StepContext, group_of: Callable[[int], Sequence[Micro]], costs: Sequence[BatchCost]
+) -> Iterator[BatchCost]:
+    """The same sizes with seconds that compare: medians over rounds of one step of each."""
+    groups = [group_of(cost.batch) for cost in costs]
+    times: list[list[float]] = [[] for _ in costs]
+    start = time.monotonic()
+    for number in range(NEAR_ROUNDS[1]):
+        if number >= NEAR_ROUNDS[0] and time.monotonic() - start > NEAR_SECONDS:
+            break
+        for k in range(len(costs)) if number % 2 else range(len(costs) - 1, -1, -1):
+            times[k].append(timed_step(state, context, groups[k]))
+    for cost, measured in zip(costs, times, strict=True):
+        yield replace(cost, seconds=statistics.median(measured))
+
+
+def _upwards(
+    state: TrainState, context: StepContext, group_of: Callable[[int], Sequence[Micro]], sizes: Sequence[int],
+    memory: int, seconds: float, held: int,
+) -> Iterator[BatchCost]:  # fmt: skip
+    """Each size after the smaller ones, with the memory that it took."""
     start, best, below = time.monotonic(), 0.0, 0
     for size in sizes:
         if best and time.monotonic() - start > seconds:
