@@ -250,7 +250,7 @@ class _Unsaved(Checkpoints):
     def is_overdue(self) -> bool:
         return False
 
-    def hold_best(self, snapshot: Snapshot) -> None:
+    def hold(self, snapshot: Snapshot) -> None:
         pass
 
     def save(self, snapshot: Snapshot) -> None:

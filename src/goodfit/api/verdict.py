@@ -13,11 +13,15 @@ from goodfit.core.history import bare_rate
 from goodfit.core.journal import Journal
 from goodfit.core.machine import num_cores
 from goodfit.core.places import cache_folder, free_bytes
+from goodfit.engine.budget import TimeBudget
 from goodfit.engine.checkpoint import has_finished
 from goodfit.engine.loop import is_out_of_memory
 from goodfit.outcome.utilisation import Verdict, utilisation
 from goodfit.planning.pace import Pace, measure_pace
 from goodfit.planning.projection import Projection, check_disk, measure_outcome, project
+
+
+FINISH_SECONDS = 12.0  # of a run's time, for bundle, report and the start of the program
 
 
 def disk_stage(folder: Path, parts: Parts, *, resumed: bool = False) -> None:
@@ -75,6 +79,24 @@ def _pace(run: Run, parts: Parts, rate: float) -> Pace | None:
         if not is_out_of_memory(error):
             raise
         return None
+
+
+def time_budget(run: Run, parts: Parts, began: float) -> TimeBudget | None:
+    """The time that the plan gives a run, with what its earlier processes used and what its end will take; None without one.
+
+    Args:
+        began: When this process began with the run, by time.monotonic.
+    """
+    seconds = parts.plan.time.value
+    if not seconds:
+        return None
+    paces = [e["pace"] for e in run.events if e["event"] == "stage" and e.get("pace")]
+    image = float(paces[-1]["validation"]) if paces else 0.0
+    index = parts.index
+    served = len(parts.train.rows) + len(index.rows("val")) + 2 * len(index.rows("test"))  # the probe looks at all of them
+    reserve = min(FINISH_SECONDS + image * served, 0.5 * seconds)
+    return TimeBudget(seconds=seconds, used=parts.state.progress.seconds, reserve=reserve,
+                      rest_seconds=image * len(parts.val.rows), began=began)  # fmt: skip
 
 
 def time_stage(run: Run, parts: Parts, journal: Journal) -> None:
