@@ -9,6 +9,7 @@ from typing import Any
 from goodfit.api.assemble import Parts
 from goodfit.api.folder import Run
 from goodfit.api.prepare import stage
+from goodfit.config.plan import Plan
 from goodfit.core.history import bare_rate
 from goodfit.core.journal import Journal
 from goodfit.core.machine import num_cores
@@ -18,7 +19,7 @@ from goodfit.engine.checkpoint import has_finished
 from goodfit.engine.loop import is_out_of_memory
 from goodfit.outcome.utilisation import Verdict, utilisation
 from goodfit.planning.pace import Pace, measure_pace
-from goodfit.planning.projection import Projection, check_disk, measure_outcome, project
+from goodfit.planning.projection import Projection, check_disk, describe_seconds, measure_outcome, project
 
 
 FINISH_SECONDS = 12.0  # of a run's time, for bundle, report and the start of the program
@@ -67,7 +68,17 @@ def projection_stage(run: Run, parts: Parts, journal: Journal) -> None:
             note.fields = None if pace is None else {"pace": pace.to_dict()}
     made = project_run(parts, pace)
     free = free_bytes(run.path)
-    journal.emit("stage", name="projection", text=made.describe(free), free=free, projected=made.to_dict())
+    text = made.describe(free) + _length_note(parts.plan)
+    journal.emit("stage", name="projection", text=text, free=free, projected=made.to_dict())
+
+
+def _length_note(plan: Plan) -> str:
+    """What may make a run longer or shorter than its epochs."""
+    if plan.time.value:
+        return f"; fitted to {describe_seconds(plan.time.value)} for the whole run"
+    if plan.most_epochs.value > plan.epochs.value:
+        return f"; extended up to {plan.most_epochs.value:,} epochs while it still improves"
+    return ""
 
 
 def _pace(run: Run, parts: Parts, rate: float) -> Pace | None:
