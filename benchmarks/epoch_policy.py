@@ -30,7 +30,9 @@ SHORT = ["suspects=false", "rehearse=false", "measure=false"]
 def goodfit(*words: str, cwd: Path) -> tuple[dict[str, Any], float]:
     """One command: its result and its seconds."""
     start = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "goodfit", *words, "json=true"], cwd=cwd, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "goodfit", *words, "json=true"], cwd=cwd, capture_output=True, text=True
+    )
     if done.returncode:
         raise SystemExit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1]), time.monotonic() - start
@@ -45,7 +47,9 @@ def events(run: Path, *kinds: str) -> list[dict[str, Any]]:
 def told(run: Path) -> None:
     """The segments of a run, each with its epochs and its validation figures."""
     for event in events(run, "segment"):
-        print(f"  segment {event['segment']} from step {event['parent']['step']}: {event['reason']} ({event['epochs']} epochs)")
+        print(
+            f"  segment {event['segment']} from step {event['parent']['step']}: {event['reason']} ({event['epochs']} epochs)"
+        )
     epochs = events(run, "epoch")
     for segment in sorted({e["segment"] for e in epochs}):
         mine = [e for e in epochs if e["segment"] == segment]
@@ -74,24 +78,45 @@ def improves(_data: Path, folder: Path) -> None:
 
 def extend(data: Path, folder: Path) -> None:
     """A finished run goes on."""
-    words = ["train", str(data / "classify/trashnet/dataset-resized"), "model=resnet10t", "pretrained=false", "imgsz=64", "epochs=10"]
+    words = [
+        "train",
+        str(data / "classify/trashnet/dataset-resized"),
+        "model=resnet10t",
+        "pretrained=false",
+        "imgsz=64",
+        "epochs=10",
+    ]
     first, _ = goodfit(*words, "max_bad=0.05", *SHORT, cwd=folder)
     longer, _ = goodfit("extend", first["run"], "epochs=20", cwd=folder)
     told(Path(folder / longer["run"]))
     for name, found in (("10 epochs", first), ("extended to 20", longer)):
         val, test = found["metrics"]["val"], found["metrics"]["test"]
-        print(f"  {name}: validation {100 * val['accuracy']:.1f} % (loss {val['loss']:.3f}), test {100 * test['accuracy']:.1f} %, look {test['look']}")
+        print(
+            f"  {name}: validation {100 * val['accuracy']:.1f} % (loss {val['loss']:.3f}), test {100 * test['accuracy']:.1f} %, look {test['look']}"
+        )
 
 
 def budget(data: Path, folder: Path) -> None:
     """The whole process takes the time it was given."""
-    words = ["train", str(data / "classify/trashnet/dataset-resized"), "model=resnet10t", "pretrained=false", "imgsz=64", "time=3m"]
+    words = [
+        "train",
+        str(data / "classify/trashnet/dataset-resized"),
+        "model=resnet10t",
+        "pretrained=false",
+        "imgsz=64",
+        "time=3m",
+    ]
     found, seconds = goodfit(*words, "max_bad=0.05", cwd=folder)
     print(f"  time=3m: {seconds:.0f} s for the whole process, {found['epochs']} epochs")
     told(Path(folder / found["run"]))
 
 
-RUNS: dict[str, Callable[[Path, Path], None]] = {"overfits": overfits, "improves": improves, "extend": extend, "time": budget}
+RUNS: dict[str, Callable[[Path, Path], None]] = {
+    "overfits": overfits,
+    "improves": improves,
+    "extend": extend,
+    "time": budget,
+}
 
 
 def main() -> None:

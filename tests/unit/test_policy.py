@@ -107,7 +107,9 @@ def test_a_time_budget_follows_a_machine_that_slows_down(monkeypatch):
     progress = Progress(schedule_of(epochs=300))
     spent.begin_epoch(0)
     seconds, position = 0.1, 0
+    factors = []
     while progress.step < progress.schedule.total_steps:
+        factors.append(progress.schedule.factor(progress.step))
         now[0] += seconds
         progress.step, position = progress.step + 1, position + 1
         if progress.step == 300:
@@ -121,4 +123,5 @@ def test_a_time_budget_follows_a_machine_that_slows_down(monkeypatch):
             position = 0
     now[0] += 1.0
     assert spent.spent() == pytest.approx(100, abs=3)
-    assert progress.schedule.factor(progress.step - 1) < 0.02, "the rate has fallen by then"
+    assert factors[-1] < 0.02 and max(b - a for a, b in zip(factors, factors[1:], strict=False)) < 0.2, "it has fallen"
+    assert all(b <= a + 0.02 for a, b in zip(factors[300:], factors[301:], strict=False)), "and never jumped up"

@@ -39,7 +39,17 @@ EVAL_BATCH = 64
 KEEP_BYTES = 512_000_000  # of validation images kept as the serving path made them
 NUM_FEW = 8
 # Decisions that change no result, or only how long is trained, which a checkpoint's own schedule says.
-NOT_COMPUTED = ("epochs", "most_epochs", "time", "workers", "cache", "prefetch", "allocator", "latency", "latency_threads")
+NOT_COMPUTED = (
+    "epochs",
+    "most_epochs",
+    "time",
+    "workers",
+    "cache",
+    "prefetch",
+    "allocator",
+    "latency",
+    "latency_threads",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +119,8 @@ def assemble(plan: Plan, index: DatasetIndex, *, workers: int | None = None) -> 
         val=val,
         state=state,
         settings=FitSettings(patience=plan.patience.value, min_delta=plan.min_delta.value, monitor=plan.monitor.value,
-                             maximise=plan.monitor.value != "loss", most_epochs=plan.most_epochs.value),
+                             maximise=plan.monitor.value != "loss", most_epochs=plan.most_epochs.value,
+                             decay=plan.decay.value, close=plan.close_augment.value),
         weights=weights,
         store=store,
     )  # fmt: skip

@@ -44,7 +44,9 @@ def extend(run: str | Path, *, epochs: int) -> Run:
     journal = Journal(None, (Terminal(),))
     with run_lock(opened.path), recorded(journal, opened.path):
         if not (opened.path / "result.json").is_file():
-            raise StorageError("This run has not finished.", where=str(run), kept="the run", next=f"goodfit resume {run}")
+            raise StorageError(
+                "This run has not finished.", where=str(run), kept="the run", next=f"goodfit resume {run}"
+            )
         with execution(opened.plan):
             _open_segment(opened, reopen(opened, journal), journal, epochs)
     return resume(opened.path)
@@ -96,7 +98,11 @@ def _start(checkpoints: Checkpoints, last: Snapshot, parts: Parts, epochs: int) 
         if schedule.stable_until > start.progress["step"]:
             return start, schedule, "from the state before the rate fell, with its optimizer state and rate"
         where = start.progress["step"]
-        return start, schedule.cool_down(where, total - where), "from the state before the rate fell, which falls at once"
+        return (
+            start,
+            schedule.cool_down(where, total - where),
+            "from the state before the rate fell, which falls at once",
+        )
     step = int(progress["step"])
     warm = min(step + WARMUP_EPOCHS * parts.train.steps_per_epoch, total)
     again = Schedule(kind="wsd", begin=step, warmup_steps=warm, stable_until=max(warm, total - round(DECAY_SHARE * total)),

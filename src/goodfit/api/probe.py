@@ -50,7 +50,9 @@ LOADING_SECONDS = 15.0  # for loading, if that is less than a quarter of what me
 LOADING_LEAST = 2.5  # where measuring was asked for, also before a short run
 LOADING_STEPS = 11  # that one way to load takes at least
 SAMPLES = 64  # real pictures in the batches; larger batches repeat them
-LEAST_TIME = 600.0  # seconds of a time budget, below which a minute of measuring is not spent: what is known already is used
+LEAST_TIME = (
+    600.0  # seconds of a time budget, below which a minute of measuring is not spent: what is known already is used
+)
 COMPILE_SECONDS = 60.0  # that trying to compile may take, start of the process included, where it was not asked for
 FORMAT = "measured-2"
 

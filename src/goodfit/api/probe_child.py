@@ -73,7 +73,9 @@ def _ways(plan: Plan, folder: Path, ask: dict[str, Any]) -> Iterator[StepCost | 
         second = timed_step(state, context, group)
     del state
     found = []
-    for cost in measure_executions(build, group, ask["ways"], budget(min(second * steps * plan.epochs.value, plan.time.value or math.inf))):
+    for cost in measure_executions(
+        build, group, ask["ways"], budget(min(second * steps * plan.epochs.value, plan.time.value or math.inf))
+    ):
         found.append(cost)
         yield cost
     best = best_execution(found)

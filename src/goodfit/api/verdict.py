@@ -21,7 +21,6 @@ from goodfit.outcome.utilisation import Verdict, utilisation
 from goodfit.planning.pace import Pace, measure_pace
 from goodfit.planning.projection import Projection, check_disk, describe_seconds, measure_outcome, project
 
-
 FINISH_SECONDS = 12.0  # of a run's time, for bundle, report and the start of the program
 
 
@@ -104,7 +103,9 @@ def time_budget(run: Run, parts: Parts, began: float) -> TimeBudget | None:
     paces = [e["pace"] for e in run.events if e["event"] == "stage" and e.get("pace")]
     image = float(paces[-1]["validation"]) if paces else 0.0
     index = parts.index
-    served = len(parts.train.rows) + len(index.rows("val")) + 2 * len(index.rows("test"))  # the probe looks at all of them
+    served = (
+        len(parts.train.rows) + len(index.rows("val")) + 2 * len(index.rows("test"))
+    )  # the probe looks at all of them
     reserve = min(FINISH_SECONDS + image * served, 0.5 * seconds)
     return TimeBudget(seconds=seconds, used=parts.state.progress.seconds, reserve=reserve,
                       rest_seconds=image * len(parts.val.rows), began=began)  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, replace
 
-from goodfit.engine.schedule import Schedule
+from goodfit.engine.schedule import DECAY_SHARE, Schedule
 from goodfit.engine.state import Progress
 
 CHECK_SHARE = 0.01  # of the budget between two looks at the clock, within an epoch ...
@@ -70,7 +70,9 @@ class TimeBudget:
         return max(0, int(left / (self._step_seconds + self.rest_seconds / steps_per_epoch)))
 
 
-def fit_schedule(progress: Progress, steps_left: int, *, most_steps: int) -> Schedule:
+def fit_schedule(
+    progress: Progress, steps_left: int, *, most_steps: int, decay: float = DECAY_SHARE, close: float = 0.0
+) -> Schedule:
     """The schedule that ends when the time does, without a jump of the rate.
 
     Before the decay, decay and end move. Within it, what is done of it stays done: of a half-cosine over which 30 % has
@@ -79,18 +81,21 @@ def fit_schedule(progress: Progress, steps_left: int, *, most_steps: int) -> Sch
 
     Args:
         most_steps: Never planned beyond; a cool-down is never made longer.
+        decay, close: Shares of the run at its end over which wsd falls, and strong augmentation is off. Not those of the
+            schedule as it is: an estimate that was far too short would leave its traces.
     """
     schedule, step = progress.schedule, progress.step
     most = min(most_steps, schedule.total_steps) if progress.branch == "cool-down" else most_steps
     total = max(step, min(most, step + steps_left))
     if abs(total - schedule.total_steps) <= SLACK * max(1, schedule.total_steps - step):
         return schedule
+    if total == step:  # the time is over
+        return replace(schedule, total_steps=total)
     if schedule.kind not in STRETCHED:
         return schedule if total >= schedule.total_steps else schedule.cool_down(step, total - step)
-    ratio = total / schedule.total_steps
     closing = schedule.closing_from
     if closing > step:
-        closing = max(step, total - round(ratio * (schedule.total_steps - closing)))
+        closing = max(step, total - round(close * total))
     if step >= schedule.stable_until:  # in the decay
         done = (step - schedule.stable_until) / max(1, schedule.total_steps - schedule.stable_until)
         begin = schedule.stable_until if done >= 1 else round((step - done * total) / (1 - done))
@@ -100,5 +105,5 @@ def fit_schedule(progress: Progress, steps_left: int, *, most_steps: int) -> Sch
         warmup = min(warmup, max(step + 1, round(WARMUP_SHARE * total)))
     stable = warmup
     if schedule.kind == "wsd":
-        stable = max(step, warmup, total - round(ratio * (schedule.total_steps - schedule.stable_until)))
+        stable = max(step, warmup, total - round(decay * total))
     return replace(schedule, total_steps=total, warmup_steps=warmup, stable_until=stable, closing_from=closing)

@@ -11,7 +11,7 @@ import torch
 
 from goodfit.engine.budget import TimeBudget, fit_schedule
 from goodfit.engine.ranks import Ranks
-from goodfit.engine.schedule import Schedule
+from goodfit.engine.schedule import DECAY_SHARE, Schedule
 from goodfit.engine.state import Progress
 
 COOL_DOWN_SHARE = 0.2  # of the steps done, when patience ends the stable rate
@@ -31,6 +31,7 @@ class FitSettings:
         maximise: Whether more of it is better.
         most_epochs: Up to which a run that still improves is extended, or a time budget reaches; not more than its
             schedule's: never.
+        decay, close: Shares of a run that keeps to a time, over which the rate falls and strong augmentation is off.
         time: When training must have ended; None is whenever its schedule does.
     """
 
@@ -39,6 +40,8 @@ class FitSettings:
     monitor: str
     maximise: bool
     most_epochs: int = 0
+    decay: float = DECAY_SHARE
+    close: float = 0.0
     time: TimeBudget | None = None
 
 
@@ -133,7 +136,8 @@ def keep_to_time(progress: Progress, settings: FitSettings, steps_per_epoch: int
         return
     if ranks.size > 1:
         left = int(ranks.sum_(torch.tensor(float(left))) / ranks.size)
-    progress.schedule = fit_schedule(progress, left, most_steps=settings.most_epochs * steps_per_epoch)
+    progress.schedule = fit_schedule(progress, left, most_steps=settings.most_epochs * steps_per_epoch,
+                                     decay=settings.decay, close=settings.close)  # fmt: skip
 
 
 def lengthened(schedule: Schedule, total_steps: int) -> Schedule:
