@@ -101,12 +101,12 @@ def time_budget(run: Run, parts: Parts, began: float) -> TimeBudget | None:
     if not seconds:
         return None
     paces = [e["pace"] for e in run.events if e["event"] == "stage" and e.get("pace")]
-    image = float(paces[-1]["validation"]) if paces else 0.0
+    image, save = (float(paces[-1][name]) if paces else 0.0 for name in ("validation", "save"))
     index = parts.index
     served = (
         len(parts.train.rows) + len(index.rows("val")) + 2 * len(index.rows("test"))
     )  # the probe looks at all of them
-    reserve = min(FINISH_SECONDS + image * served, 0.5 * seconds)
+    reserve = min(FINISH_SECONDS + 2 * save + image * served, 0.5 * seconds)
     return TimeBudget(seconds=seconds, used=parts.state.progress.seconds, reserve=reserve,
                       rest_seconds=image * len(parts.val.rows), began=began)  # fmt: skip
 
