@@ -86,7 +86,7 @@ def test_a_checkpoint_has_the_size_that_is_projected(tmp_path, asked):
         state.progress.step = 10 * epoch
         if epoch in (2, 7):
             state.progress.best = {"segment": 0, "step": state.progress.step}
-            checkpoints.hold_best(take_snapshot(state))
+            checkpoints.hold(take_snapshot(state))
         if epoch not in (2, 7):  # so that the best is written beside the newest
             checkpoints.save(take_snapshot(state, pinned=epoch == 4))
     found = project(plan, num_val=0, steps_per_epoch=10, num_parameters=300 * 400 + 3 * 400, num_buffers=801)

@@ -25,8 +25,8 @@ from goodfit.data.split import subset
 from goodfit.data.store import PictureStore
 from goodfit.engine.device import DevicePolicy, compile_in_place, tf32_kept
 from goodfit.engine.ema import Ema, ema_decay
-from goodfit.engine.loop import FitSettings
 from goodfit.engine.optimizer import build_optimizer
+from goodfit.engine.policy import FitSettings
 from goodfit.engine.ranks import Ranks
 from goodfit.engine.schedule import plan_schedule
 from goodfit.engine.state import LossScale, Progress, TrainState
@@ -38,8 +38,18 @@ from goodfit.tasks.classify import ClassifyTask
 EVAL_BATCH = 64
 KEEP_BYTES = 512_000_000  # of validation images kept as the serving path made them
 NUM_FEW = 8
-# Decisions that change no result.
-NOT_COMPUTED = ("workers", "cache", "prefetch", "allocator", "latency", "latency_threads")
+# Decisions that change no result, or only how long is trained, which a checkpoint's own schedule says.
+NOT_COMPUTED = (
+    "epochs",
+    "most_epochs",
+    "time",
+    "workers",
+    "cache",
+    "prefetch",
+    "allocator",
+    "latency",
+    "latency_threads",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +119,8 @@ def assemble(plan: Plan, index: DatasetIndex, *, workers: int | None = None) -> 
         val=val,
         state=state,
         settings=FitSettings(patience=plan.patience.value, min_delta=plan.min_delta.value, monitor=plan.monitor.value,
-                             maximise=plan.monitor.value != "loss"),
+                             maximise=plan.monitor.value != "loss", most_epochs=plan.most_epochs.value,
+                             decay=plan.decay.value, close=plan.close_augment.value),
         weights=weights,
         store=store,
     )  # fmt: skip

@@ -159,10 +159,11 @@ def trial_plan(request: TrainRequest, facts: Facts, size: int, design: StudyDesi
     """The plan of one training: the run's own rules for this batch, so that the learning rate is that of the size."""
     asked = replace(request, batch=size, batch_study=None, epochs=design.epochs, time=None)
     whole = resolve(request, facts)
-    for name in ("warmup", "period"):  # of a long run: the same share of the short one
-        if getattr(request, name) is not None:
-            value = getattr(whole, name).value * design.epochs / whole.epochs.value
-            asked = replace(asked, **{name: f"{value:g}"})
+    share = design.epochs / whole.epochs.value  # lengths of a long run: the same share of the short one
+    if request.warmup is not None:
+        asked = replace(asked, warmup=f"{whole.warmup.value * share:g}")
+    if request.period is not None:
+        asked = replace(asked, period=f"{whole.period.value * share:g}")
     return resolve(asked, facts).changed(workers=0, fraction=1.0, patience=0, rehearse=False)
 
 
@@ -250,7 +251,7 @@ class _Unsaved(Checkpoints):
     def is_overdue(self) -> bool:
         return False
 
-    def hold_best(self, snapshot: Snapshot) -> None:
+    def hold(self, snapshot: Snapshot) -> None:
         pass
 
     def save(self, snapshot: Snapshot) -> None:

@@ -44,7 +44,9 @@ LR_RANGE = "lr_range.png"
 
 def load_best(parts: Parts, checkpoints: Checkpoints) -> None:
     """Put the best weights of the run into the model, in float32."""
-    snapshot = checkpoints.load_best(parts.state.progress)
+    best = parts.state.progress.best
+    assert best is not None
+    snapshot = checkpoints.load_state(best)
     parts.state.model.load_state_dict(snapshot.files["ema" if parts.plan.ema.value else "model"])
 
 

@@ -51,6 +51,9 @@ LOADING_SECONDS = 15.0  # for loading, if that is less than a quarter of what me
 LOADING_LEAST = 2.5  # where measuring was asked for, also before a short run
 LOADING_STEPS = 11  # that one way to load takes at least
 SAMPLES = 64  # real pictures in the batches; larger batches repeat them
+LEAST_TIME = (
+    600.0  # seconds of a time budget, below which a minute of measuring is not spent: what is known already is used
+)
 COMPILE_SECONDS = 60.0  # that trying to compile may take, start of the process included, where it was not asked for
 FORMAT = "measured-2"
 
@@ -68,7 +71,7 @@ def wants_measuring(request: TrainRequest, plan: Plan, num_train: int, base: Pla
 
 def measure(
     request: TrainRequest, plan: Plan, index: DatasetIndex, rows: npt.NDArray[np.int64], machine: MachineFacts
-) -> Measured:
+) -> Measured | None:
     """Time the plan's training step in every way that this machine offers, and then batch sizes in the best way.
 
     Args:
@@ -76,7 +79,7 @@ def measure(
         rows: Training rows; 64 of them, spread evenly, are the pictures that are used.
 
     Returns:
-        What was found. Nothing, if no process came far enough.
+        What was found. Nothing, if no process came far enough; None if the time budget of the run is too short for it.
     """
     memory = int((request.memory or MEMORY_SHARE) * machine.free_memory)
     key = _key(plan, index, len(rows), machine)
@@ -86,6 +89,8 @@ def measure(
             earlier = Measured.from_dict(read_json(kept))
             if _still_holds(earlier, plan, len(rows), memory):
                 return replace(earlier, memory=memory)
+    if request.measure is None and 0 < plan.time.value < LEAST_TIME:
+        return None
     ask = {"class_names": list(index.class_names), "counts": np.bincount(index.targets[rows]).tolist(),
            "memory": memory, "num_train": len(rows), "root": str(index.root)}  # fmt: skip
     chosen = rows[np.linspace(0, len(rows) - 1, min(SAMPLES, len(rows))).astype(np.int64)]
@@ -115,6 +120,7 @@ def _measure(
     if best is not None:
         way = plan.changed(precision=best.precision, channels_last=best.channels_last)
         projected = best.seconds * max(1, ask["num_train"] // plan.batch.value) * plan.epochs.value
+        projected = min(projected, plan.time.value or projected)
         steps += tuple(_compiled(probe, ask, way, best, mode) for mode in modes_to_try(plan, machine, projected))
         if plan.batch.source != "asked" or request.measure or pays_to_compile(projected):
             asked = {**ask, "what": "sizes", "sizes": _sizes(plan, ask["num_train"]), "plan": way.to_dict()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -72,7 +73,9 @@ def _ways(plan: Plan, folder: Path, ask: dict[str, Any]) -> Iterator[StepCost | 
         second = timed_step(state, context, group)
     del state
     found = []
-    for cost in measure_executions(build, group, ask["ways"], budget(second * steps * plan.epochs.value)):
+    for cost in measure_executions(
+        build, group, ask["ways"], budget(min(second * steps * plan.epochs.value, plan.time.value or math.inf))
+    ):
         found.append(cost)
         yield cost
     best = best_execution(found)

@@ -17,7 +17,7 @@ from goodfit.api.finish import bundle_stage, final_test, load_best, picture_stag
 from goodfit.api.folder import AUDIT, PLAN, SPLIT, Run, check_name, create_folder, data_name, open_run, save_request
 from goodfit.api.inspect import page_stage, suspect_stage
 from goodfit.api.prepare import base_plan, progress_of, read_and_audit, stage
-from goodfit.api.verdict import disk_stage, projection_stage, time_stage
+from goodfit.api.verdict import disk_stage, projection_stage, time_budget, time_stage
 from goodfit.config.parse import read_request
 from goodfit.config.plan import Decision, Plan
 from goodfit.config.request import TrainRequest, options
@@ -30,6 +30,7 @@ from goodfit.data.loader import row_of
 from goodfit.engine.checkpoint import Checkpoints, restore
 from goodfit.engine.contracts import Micro
 from goodfit.engine.loop import fit, halve_micro_batch, is_out_of_memory
+from goodfit.engine.policy import FitSettings
 from goodfit.engine.stop import StopFlag
 from goodfit.models.builder import build_network
 from goodfit.outcome.export import TOLERANCE, traced_difference
@@ -57,6 +58,7 @@ def train(data: str | Path | None = None, **asked: Any) -> Run:
     Raises:
         GoodfitError: see goodfit.core.errors; a run that was stopped can be resumed.
     """
+    began = time.monotonic()
     request = read_request({"data": data, **asked} if data is not None else asked)
     check_name(request)
     base = base_plan(request)
@@ -65,7 +67,7 @@ def train(data: str | Path | None = None, **asked: Any) -> Run:
     plan = decide(request, audited, journal, base)
     audited, suspects = suspect_stage(request, audited, journal, plan)
     folder = create_folder(request, data_name(request.data))
-    with run_lock(folder), _recorded(journal, folder):
+    with run_lock(folder), recorded(journal, folder):
         save_request(folder, request)
         write_json(folder / AUDIT, audited.to_dict())
         write_text(folder / SPLIT, write_split(audited.index))
@@ -80,23 +82,29 @@ def train(data: str | Path | None = None, **asked: Any) -> Run:
             picture_stage(Run(folder), parts, journal)
             if plan.rehearse.value:
                 rehearsal_stage(parts, journal, folder)
-            with training(Run(folder), parts, journal) as (checkpoints, stop):
-                fit(parts.state, parts.context, parts.train, parts.val, settings=parts.settings,
+            with training(Run(folder), parts, journal, began) as (settings, checkpoints, stop):
+                fit(parts.state, parts.context, parts.train, parts.val, settings=settings,
                     checkpoints=checkpoints, journal=journal, stop=stop)  # fmt: skip
             return finish(Run(folder), parts, checkpoints, journal)
 
 
 @contextmanager
-def training(run: Run, parts: Parts, journal: Journal) -> Iterator[tuple[Checkpoints, StopFlag]]:
+def training(
+    run: Run, parts: Parts, journal: Journal, began: float
+) -> Iterator[tuple[FitSettings, Checkpoints, StopFlag]]:
     """Around `fit`: the newest checkpoint is put into the state, the cost is projected, metrics.csv is kept,
-    signals become a flag; after it, where the time went."""
+    signals become a flag; after it, where the time went.
+
+    Args:
+        began: When this process began with the run, by time.monotonic.
+    """
     checkpoints = Checkpoints(run.path / "checkpoints", run_hashes(parts.plan, parts.index))
     continue_from(parts, checkpoints, journal, run.path / "events.jsonl")
     journal.listen(MetricsFile(run.path))
     projection_stage(run, parts, journal)
     with stage(journal, "train") as note:
         with StopFlag() as stop:
-            yield checkpoints, stop
+            yield replace(parts.settings, time=time_budget(run, parts, began)), checkpoints, stop
         progress = parts.state.progress
         best = progress.best or {}
         note.text = f"ended by its {progress.ended} after {progress.step} steps; best epoch {best.get('epoch', 0) + 1}"
@@ -209,11 +217,12 @@ def resume(run: str | Path, *, workers: int | None = None, latency: str | float 
         DataError: files of the dataset changed since the run began.
         StorageError: the run is held by another process, its records are damaged, or the disk is too small for the rest.
     """
+    began = time.monotonic()
     opened = open_run(run)
     if (opened.path / "result.json").is_file():
         return opened
     journal = Journal(None, (Terminal(),))
-    with run_lock(opened.path), _recorded(journal, opened.path):
+    with run_lock(opened.path), recorded(journal, opened.path):
         parts = reopen(opened, journal, workers=workers)
         if latency is not None:
             limit = read_request({"latency": latency}, allowed=("latency",)).latency or 0.0
@@ -225,8 +234,8 @@ def resume(run: str | Path, *, workers: int | None = None, latency: str | float 
             rehearsed = any(e["event"] == "stage" and e["name"] == "rehearse" for e in opened.events)
             if parts.plan.rehearse.value and not rehearsed:
                 rehearsal_stage(parts, journal, opened.path)
-            with training(opened, parts, journal) as (checkpoints, stop):
-                fit(parts.state, parts.context, parts.train, parts.val, settings=parts.settings,
+            with training(opened, parts, journal, began) as (settings, checkpoints, stop):
+                fit(parts.state, parts.context, parts.train, parts.val, settings=settings,
                     checkpoints=checkpoints, journal=journal, stop=stop)  # fmt: skip
             return finish(opened, parts, checkpoints, journal)
 
@@ -256,7 +265,7 @@ def test(run: str | Path) -> dict[str, Any]:
     """
     opened = open_run(run)
     journal = Journal(None, (Terminal(),))
-    with run_lock(opened.path), _recorded(journal, opened.path):
+    with run_lock(opened.path), recorded(journal, opened.path):
         parts = reopen(opened, journal)
         checkpoints = Checkpoints(opened.path / "checkpoints", run_hashes(parts.plan, parts.index))
         snapshot = checkpoints.latest()
@@ -318,7 +327,7 @@ def plan(data: str | Path | None = None, **asked: Any) -> Planned:
 
 
 @contextmanager
-def _recorded(journal: Journal, folder: Path) -> Iterator[None]:
+def recorded(journal: Journal, folder: Path) -> Iterator[None]:
     """Write the journal into a run's folder, and the reason if the run ends early."""
     journal.open(folder / "events.jsonl")
     try:

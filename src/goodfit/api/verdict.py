@@ -9,15 +9,19 @@ from typing import Any
 from goodfit.api.assemble import Parts
 from goodfit.api.folder import Run
 from goodfit.api.prepare import stage
+from goodfit.config.plan import Plan
 from goodfit.core.history import bare_rate
 from goodfit.core.journal import Journal
 from goodfit.core.machine import num_cores
 from goodfit.core.places import cache_folder, free_bytes
+from goodfit.engine.budget import TimeBudget
 from goodfit.engine.checkpoint import has_finished
 from goodfit.engine.loop import is_out_of_memory
 from goodfit.outcome.utilisation import Verdict, utilisation
 from goodfit.planning.pace import Pace, measure_pace
-from goodfit.planning.projection import Projection, check_disk, measure_outcome, project
+from goodfit.planning.projection import Projection, check_disk, describe_seconds, measure_outcome, project
+
+FINISH_SECONDS = 12.0  # of a run's time, for bundle, report and the start of the program
 
 
 def disk_stage(folder: Path, parts: Parts, *, resumed: bool = False) -> None:
@@ -63,7 +67,17 @@ def projection_stage(run: Run, parts: Parts, journal: Journal) -> None:
             note.fields = None if pace is None else {"pace": pace.to_dict()}
     made = project_run(parts, pace)
     free = free_bytes(run.path)
-    journal.emit("stage", name="projection", text=made.describe(free), free=free, projected=made.to_dict())
+    text = made.describe(free) + _length_note(parts.plan)
+    journal.emit("stage", name="projection", text=text, free=free, projected=made.to_dict())
+
+
+def _length_note(plan: Plan) -> str:
+    """What may make a run longer or shorter than its epochs."""
+    if plan.time.value:
+        return f"; fitted to {describe_seconds(plan.time.value)} for the whole run"
+    if plan.most_epochs.value > plan.epochs.value:
+        return f"; extended up to {plan.most_epochs.value:,} epochs while it still improves"
+    return ""
 
 
 def _pace(run: Run, parts: Parts, rate: float) -> Pace | None:
@@ -75,6 +89,26 @@ def _pace(run: Run, parts: Parts, rate: float) -> Pace | None:
         if not is_out_of_memory(error):
             raise
         return None
+
+
+def time_budget(run: Run, parts: Parts, began: float) -> TimeBudget | None:
+    """The time that the plan gives a run, with what its earlier processes used and what its end will take; None without one.
+
+    Args:
+        began: When this process began with the run, by time.monotonic.
+    """
+    seconds = parts.plan.time.value
+    if not seconds:
+        return None
+    paces = [e["pace"] for e in run.events if e["event"] == "stage" and e.get("pace")]
+    image, save = (float(paces[-1][name]) if paces else 0.0 for name in ("validation", "save"))
+    index = parts.index
+    served = (
+        len(parts.train.rows) + len(index.rows("val")) + 2 * len(index.rows("test"))
+    )  # the probe looks at all of them
+    reserve = min(FINISH_SECONDS + 2 * save + image * served, 0.5 * seconds)
+    return TimeBudget(seconds=seconds, used=parts.state.progress.seconds, reserve=reserve,
+                      rest_seconds=image * len(parts.val.rows), began=began)  # fmt: skip
 
 
 def time_stage(run: Run, parts: Parts, journal: Journal) -> None:

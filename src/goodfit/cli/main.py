@@ -57,6 +57,19 @@ def resume(places: Words, asked: Asked) -> Answer:
     return _finished(resume(run, workers=request.workers, latency=asked.get("latency")))
 
 
+def extend(places: Words, asked: Asked) -> Answer:
+    """Train a finished run for more epochs, in a new segment from before its rate fell."""
+    from goodfit.api.extend import extend
+    from goodfit.config.parse import parse_request
+
+    run = _one(places, asked, "run")
+    request = parse_request(asked, allowed=("epochs",))
+    if run is None or request.epochs is None:
+        raise RequestError(f"No {'run' if run is None else 'number of epochs'} was given.",
+                           next="goodfit extend runs/NAME epochs=600")  # fmt: skip
+    return _finished(extend(run, epochs=request.epochs))
+
+
 def test(places: Words, asked: Asked) -> Answer:
     """Test a finished run once more; the look is counted."""
     from goodfit.api.train import test
@@ -125,11 +138,11 @@ def predict(places: Words, asked: Asked) -> Answer:
 
 
 COMMANDS: dict[str, Callable[[Words, Asked], Answer]] = {
-    "train": train, "demo": demo, "resume": resume, "test": test, "audit": audit, "plan": plan, "predict": predict,
+    "train": train, "demo": demo, "resume": resume, "extend": extend, "test": test, "audit": audit, "plan": plan, "predict": predict,
 }  # fmt: skip
 USAGE = {
     "train": "goodfit train FOLDER [key=value ...]", "demo": "goodfit demo [key=value ...]",
-    "resume": "goodfit resume RUN [workers=N] [latency=20ms]", "test": "goodfit test RUN", "audit": "goodfit audit FOLDER [key=value ...]",
+    "resume": "goodfit resume RUN [workers=N] [latency=20ms]", "extend": "goodfit extend RUN epochs=N", "test": "goodfit test RUN", "audit": "goodfit audit FOLDER [key=value ...]",
     "plan": "goodfit plan FOLDER [key=value ...]", "predict": "goodfit predict BUNDLE IMAGE... [table=true]",
 }  # fmt: skip
 

@@ -16,7 +16,15 @@ from goodfit.config.facts import Facts
 from goodfit.config.measured import Measured
 from goodfit.config.plan import Decision
 
-LR = {"adamw": 1e-3, "adam": 1e-3, "nadam": 1e-3, "radam": 1e-3, "rmsprop": 1e-4, "sgd": 0.05, "muon": 1e-3}  # at batch 64
+LR = {
+    "adamw": 1e-3,
+    "adam": 1e-3,
+    "nadam": 1e-3,
+    "radam": 1e-3,
+    "rmsprop": 1e-4,
+    "sgd": 0.05,
+    "muon": 1e-3,
+}  # at batch 64
 BACKBONE_LR = (
     0.3  # of the rate from scratch, where the backbone is pretrained (trashnet: 1.0 lost 4 points, see dev/LOG.md)
 )
@@ -61,7 +69,9 @@ def _lengths(choose: Chooser) -> dict[str, Decision[Any]]:
     if epochs.source == "asked":
         most = Decision(epochs.value, "so many were asked for", "rule")
     else:
-        most = choose("most_epochs", MOST_EPOCHS, f"a run that still improves goes on to {2 * EPOCHS}, then {MOST_EPOCHS}")
+        most = choose(
+            "most_epochs", MOST_EPOCHS, f"a run that still improves goes on to {2 * EPOCHS}, then {MOST_EPOCHS}"
+        )
     return {"epochs": epochs, "most_epochs": most, "time": choose("time", 0.0, "no limit was asked for")}
 
 

@@ -93,7 +93,7 @@ class Checkpoints:
         self.damaged: list[str] = []
         self._last_save = time.monotonic()
         self._cost = 0.0
-        self._best_waiting: Snapshot | None = None
+        self._held: dict[str, Snapshot] = {}  # by name: good states that are not on disk yet
         folder.mkdir(parents=True, exist_ok=True)
         self.removed = remove_temporaries(folder)
 
@@ -105,20 +105,33 @@ class Checkpoints:
         """Whether an epoch has gone on for five minutes without a checkpoint."""
         return time.monotonic() - self._last_save >= max(SAVE_SECONDS, self._cost / SAVE_SHARE)
 
-    def hold_best(self, snapshot: Snapshot) -> None:
-        """Keep the best state so far in memory; it is written before the next checkpoint that refers to it."""
-        self._best_waiting = snapshot
+    def hold(self, snapshot: Snapshot) -> None:
+        """Keep a good state in memory; it is written before the next checkpoint that refers to it."""
+        self._held[snapshot.name] = snapshot
+        self._release(snapshot.progress)
+
+    def _release(self, progress: dict[str, Any]) -> None:
+        """Forget held states that nothing refers to any more."""
+        needed = self._needed(progress)
+        self._held = {name: held for name, held in self._held.items() if name in needed}
+
+    def _needed(self, progress: dict[str, Any]) -> set[str]:
+        """Names of the checkpoints that a run at this progress may come back to."""
+        places = [progress["best"], progress.get("reference"), progress["parent"], *progress.get("branches", ())]
+        return {self._name_of(place) for place in places if place}
 
     def save(self, snapshot: Snapshot) -> None:
-        """Write a snapshot, the best one before it if that is still waiting, and prune old ones.
+        """Write a snapshot, before it the held ones that it refers to, and prune old ones.
 
         Raises:
             StorageError: the disk is full, read-only or denies permission; earlier checkpoints are untouched.
         """
         start = time.monotonic()
-        if self._best_waiting is not None and self._best_waiting.name != snapshot.name:
-            self._write(self._best_waiting)
-        self._best_waiting = None
+        self._release(snapshot.progress)
+        for held in self._held.values():
+            if held.name != snapshot.name:
+                self._write(held)
+        self._held.clear()
         path = self._write(snapshot)
         self._point("last", path)
         best = snapshot.progress["best"]
@@ -160,16 +173,19 @@ class Checkpoints:
         files = {p.stem: load_file(str(p)) for p in sorted(path.glob("*.safetensors"))}
         return Snapshot(files, written["progress"], bool(written["pinned"]))
 
-    def load_best(self, progress: Progress) -> Snapshot:
-        """The best state so far, from memory or from the disk; raises as load."""
-        assert progress.best is not None
-        name = self._name_of(progress.best)
-        if self._best_waiting is not None and self._best_waiting.name == name:
-            return self._best_waiting
-        return self.load(name)
+    def load_state(self, place: dict[str, Any]) -> Snapshot:
+        """A state that progress refers to (its best, its reference), from memory or from the disk; raises as load."""
+        name = self._name_of(place)
+        return self._held[name] if name in self._held else self.load(name)
 
-    def _name_of(self, best: dict[str, Any]) -> str:
-        return Snapshot({}, best).name
+    def newest_pinned(self, segment: int) -> dict[str, int] | None:
+        """Segment and step of the newest pinned checkpoint of a segment or of those before it; None if there is none."""
+        pinned = [_order(p) for p in self._directories() if _is_pinned(p)]
+        found = max((place for place in pinned if place[0] <= segment), default=None)
+        return None if found is None else {"segment": found[0], "step": found[1]}
+
+    def _name_of(self, place: dict[str, Any]) -> str:
+        return Snapshot({}, place).name
 
     def _write(self, snapshot: Snapshot) -> Path:
         path = self.folder / snapshot.name
@@ -192,9 +208,7 @@ class Checkpoints:
             os.replace(temporary, self.folder / name)
 
     def _prune(self, newest: Snapshot) -> None:
-        best = newest.progress["best"]
-        parent = newest.progress["parent"]
-        needed = {newest.name} | {self._name_of(p) for p in (best, parent) if p}
+        needed = {newest.name} | self._needed(newest.progress)
         loose = [p for p in sorted(self._directories(), key=_order) if p.name not in needed and not _is_pinned(p)]
         for path in loose[: max(0, len(loose) - (KEEP - 1))]:
             shutil.rmtree(path, ignore_errors=True)

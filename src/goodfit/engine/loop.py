@@ -5,34 +5,37 @@ from __future__ import annotations
 import math
 import time
 from contextlib import closing
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from goodfit.core.errors import OutOfMemory, Stopped, TrainingError
 from goodfit.core.journal import Journal
+from goodfit.engine.budget import TimeBudget
 from goodfit.engine.checkpoint import Checkpoints, restore, take_snapshot
 from goodfit.engine.clock import Clock
 from goodfit.engine.contracts import EvaluationData, TrainingData
 from goodfit.engine.device import HostCopy
 from goodfit.engine.evaluate import evaluate
+from goodfit.engine.policy import (
+    COOL_DOWN,
+    EXTENSION,
+    FitSettings,
+    cool_down,
+    is_plateau,
+    keep_to_time,
+    lengthened,
+    reason_of_end,
+    reason_to_extend,
+    take_note,
+)
+from goodfit.engine.schedule import Schedule
 from goodfit.engine.state import TrainState, copy_buffers, restore_buffers
 from goodfit.engine.step import StepContext, StepRecord, train_step
 from goodfit.engine.stop import StopFlag
 
 MAX_BAD_STEPS = 20  # masked steps in a row that end the run
-COOL_DOWN_SHARE = 0.2  # of the steps done, when patience ends the stable rate
 EVENT_SECONDS = 0.5  # between two step events
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FitSettings:
-    """What may stop or change training. `patience` is in validations, 0 is off; `min_delta` is relative."""
-
-    patience: int
-    min_delta: float
-    monitor: str
-    maximise: bool
 
 
 def fit(
@@ -49,7 +52,7 @@ def fit(
         OutOfMemory: the smallest micro-batch does not fit.
         StorageError: a checkpoint could not be written.
     """
-    epoch = _Epoch(state, journal, clock := Clock())
+    epoch = _Epoch(state, journal, clock := Clock(), settings.time)
     while not state.progress.finished:
         progress = state.progress
         progress.closing = progress.schedule.is_closing(progress.step - progress.position // train.batch)
@@ -57,7 +60,7 @@ def fit(
         remaining = train.groups(progress.epoch, progress.position, progress.num_micro, closing=progress.closing)
         with closing(remaining) as groups:  # whatever ends the epoch, loader processes end with it
             epoch.start()
-            while not out_of_memory and (group := next(groups, None)) is not None:
+            while not out_of_memory and not epoch.is_over() and (group := next(groups, None)) is not None:
                 clock.spend("data")
                 if progress.step == progress.schedule.stable_until and progress.step > 0:
                     _save(state, checkpoints, epoch, pinned=True)  # extensions and cool-downs start here
@@ -75,6 +78,7 @@ def fit(
                 clock.spend("step")
                 progress.position += train.batch
                 epoch.add(record)
+                keep_to_time(progress, settings, train.steps_per_epoch, context.ranks)
                 if context.ranks.any(stop()):
                     _save_and_stop(state, checkpoints, epoch, stop)
                 if context.ranks.any(checkpoints.is_overdue()):
@@ -107,36 +111,54 @@ def _close_epoch(
     """
     progress, clock = state.progress, epoch.clock
     clock.spend("validation")
-    improved = _take_note(state, metrics, settings)
+    kept = take_note(progress, metrics, settings)
+    improved = progress.best is not None and progress.best["step"] == progress.step and kept
     train_loss = progress.loss_sum / max(1, progress.loss_count)
     journal.step, journal.segment = progress.step, progress.segment
     clock.spend("host")
+    laps = clock.lap()
     journal.emit("epoch", epoch=progress.epoch, train_loss=train_loss, val=metrics, improved=improved,
-                 lr=state.optimizer.param_groups[0]["lr"], samples=train.steps_per_epoch * train.batch,
-                 skipped=len(progress.skipped), total_steps=progress.schedule.total_steps, **measured, **clock.lap())  # fmt: skip
+                 lr=state.optimizer.param_groups[0]["lr"], samples=progress.position,
+                 skipped=len(progress.skipped), total_steps=progress.schedule.total_steps, **measured, **laps)  # fmt: skip
+    if settings.time is not None:
+        settings.time.end_epoch(laps["seconds"] - measured["train_seconds"])
     progress.epoch += 1
     progress.position, progress.loss_sum, progress.loss_count = 0, 0.0, 0
-    if improved:
+    if kept:
         clock.spend("host")
-        checkpoints.hold_best(take_snapshot(state))
+        checkpoints.hold(take_snapshot(state))
         clock.spend("saving")
+    _go_on(state, settings, checkpoints, journal, train, epoch)
+    if state.progress.finished or checkpoints.is_due():
+        _save(state, checkpoints, epoch)
+        journal.emit("checkpoint", name=take_name(state), saving_seconds=clock.spent("saving"))
+
+
+def _go_on(
+    state: TrainState, settings: FitSettings, checkpoints: Checkpoints, journal: Journal, train: TrainingData,
+    epoch: _Epoch,
+) -> None:  # fmt: skip
+    """What follows an epoch: the end, a cool-down, an extension, or just the next one."""
+    progress = state.progress
     if progress.step >= progress.schedule.total_steps:
         if progress.best is None:
             raise TrainingError("No validation gave a finite loss.", kept="the last checkpoint",
                                 next="use precision=fp32, or a lower lr=")  # fmt: skip
-        progress.finished, progress.ended = True, "cool-down" if progress.segment else "schedule"
-    elif _is_plateau(state, settings):
-        _branch_to_cool_down(state, checkpoints, journal, train)
-        clock.spend("other")
+        progress.finished, progress.ended = True, reason_of_end(progress, settings, train.steps_per_epoch)
+    elif is_plateau(progress, settings):
+        _cool_down(state, checkpoints, journal, train)
+        epoch.clock.spend("other")
         _save(state, checkpoints, epoch)  # a kill before it repeats the epoch, and branches again
-    if progress.finished or checkpoints.is_due():
+    elif why := reason_to_extend(progress, settings, train.steps_per_epoch):
+        _extend(state, settings, checkpoints, journal, epoch, train, why)
         _save(state, checkpoints, epoch)
-        journal.emit("checkpoint", name=take_name(state), saving_seconds=clock.spent("saving"))
 
 
 def _save(state: TrainState, checkpoints: Checkpoints, epoch: _Epoch, *, pinned: bool = False) -> None:
     epoch.drain()
     epoch.clock.spend("host")
+    if epoch.time is not None:
+        state.progress.seconds = epoch.time.spent()
     checkpoints.save(take_snapshot(state, pinned=pinned))
     epoch.clock.spend("saving")
 
@@ -147,48 +169,45 @@ def take_name(state: TrainState) -> str:
     return f"step-{state.progress.step:08d}" + (f"-segment-{segment}" if segment else "")
 
 
-def _take_note(state: TrainState, metrics: dict[str, float], settings: FitSettings) -> bool:
-    """Compare with the best so far. A figure that is not finite is never better; ties are broken by the loss."""
+def _branch(
+    state: TrainState, journal: Journal, parent: dict[str, Any], schedule: Schedule, *, why: str, reason: str, epochs: int
+) -> None:  # fmt: skip
+    """Start a new segment at the state as it is now, which is the one at `parent`."""
     progress = state.progress
-    value, loss = metrics[settings.monitor], metrics["loss"]
-    sign = 1 if settings.maximise else -1
-    best = progress.best
-    finite = math.isfinite(value) and math.isfinite(loss)
-    counts = better = best is None and finite
-    if best is not None and finite:
-        better = (sign * value, -loss) > (sign * best["value"], -best["loss"])
-        counts = sign * (value - best["value"]) > settings.min_delta * abs(best["value"])
-    if better:
-        progress.best = {"segment": progress.segment, "step": progress.step, "epoch": progress.epoch, "value": value,
-                         "loss": loss, "metrics": metrics}  # fmt: skip
-    waiting = progress.step > progress.schedule.warmup_steps
-    progress.bad_epochs = 0 if counts or not waiting else progress.bad_epochs + 1
-    return better
-
-
-def _is_plateau(state: TrainState, settings: FitSettings) -> bool:
-    """Patience is spent, at a rate that has not begun to fall for good (cosine falls from the start of its decay)."""
-    progress = state.progress
-    stable = progress.schedule.kind == "cosine" or progress.step < progress.schedule.stable_until
-    first_choice = settings.patience > 0 and progress.parent is None
-    return first_choice and stable and progress.best is not None and progress.bad_epochs >= settings.patience
-
-
-def _branch_to_cool_down(state: TrainState, checkpoints: Checkpoints, journal: Journal, train: TrainingData) -> None:
-    """Start a new segment from the best state: the learning rate falls to its end over a fifth of the steps done."""
-    best, segment = state.progress.best, state.progress.segment
-    assert best is not None
-    skipped = state.progress.skipped
-    restore(state, checkpoints.load_best(state.progress))
-    progress = state.progress
-    epochs = max(1, math.ceil(COOL_DOWN_SHARE * best["step"] / train.steps_per_epoch))
-    progress.parent = {"segment": best["segment"], "step": best["step"]}
-    progress.segment = segment + 1
-    progress.schedule = progress.schedule.cool_down(progress.step, epochs * train.steps_per_epoch)
-    progress.bad_epochs, progress.skipped = 0, skipped
+    progress.parent = {"segment": parent["segment"], "step": parent["step"]}
+    progress.branches = [*progress.branches, progress.parent]
+    progress.segment += 1
+    progress.branch, progress.schedule = why, schedule
     journal.segment, journal.step = progress.segment, progress.step
-    journal.emit("segment", parent=progress.parent, reason="no improvement: cool down from the best state",
-                 epochs=epochs)  # fmt: skip
+    journal.emit("segment", parent=progress.parent, branch=why, reason=reason, epochs=epochs)
+
+
+def _cool_down(state: TrainState, checkpoints: Checkpoints, journal: Journal, train: TrainingData) -> None:
+    """Go back to the best state at the stable rate, from where the rate falls to its end over a fifth of the steps done."""
+    last = state.progress
+    place = last.reference
+    assert place is not None
+    restore(state, checkpoints.load_state(place))
+    progress = state.progress  # of that state, but for what the run as a whole knows
+    progress.segment, progress.skipped, progress.branches = last.segment, last.skipped, last.branches
+    progress.best, progress.bad_epochs, progress.seconds = last.best, 0, last.seconds
+    schedule, epochs = cool_down(progress, train.steps_per_epoch)
+    _branch(state, journal, place, schedule, why=COOL_DOWN, epochs=epochs,
+            reason="no improvement: cool down from the best state")  # fmt: skip
+
+
+def _extend(
+    state: TrainState, settings: FitSettings, checkpoints: Checkpoints, journal: Journal, epoch: _Epoch,
+    train: TrainingData, why: str,
+) -> None:  # fmt: skip
+    """Twice as long, with the same optimizer state and rate; the state before it is pinned."""
+    _save(state, checkpoints, epoch, pinned=True)
+    progress = state.progress
+    longest = settings.most_epochs * train.steps_per_epoch
+    schedule = lengthened(progress.schedule, min(longest, 2 * progress.schedule.total_steps))
+    epochs = schedule.total_steps // train.steps_per_epoch
+    _branch(state, journal, {"segment": progress.segment, "step": progress.step}, schedule, why=EXTENSION, epochs=epochs,
+            reason=f"{why}: extended to {epochs} epochs")  # fmt: skip
 
 
 def _save_and_stop(state: TrainState, checkpoints: Checkpoints, epoch: _Epoch, stop: StopFlag) -> None:
@@ -228,10 +247,11 @@ def halve_micro_batch(state: TrainState, train: TrainingData, journal: Journal, 
 class _Epoch:
     """The records of the epoch in progress: each is read one step late, so that the device is never waited for."""
 
-    def __init__(self, state: TrainState, journal: Journal, clock: Clock) -> None:
+    def __init__(self, state: TrainState, journal: Journal, clock: Clock, budget: TimeBudget | None = None) -> None:
         self._state = state
         self._journal = journal
         self.clock = clock
+        self.time = budget
         self._pending: tuple[StepRecord, HostCopy] | None = None
         self._last_event = 0.0
         self._began = self._saved = 0.0
@@ -241,6 +261,12 @@ class _Epoch:
         self._began = self.clock.spend("host")
         self._saved = self.clock.spent("saving")
         self._samples = 0
+        if self.time is not None:
+            self.time.begin_epoch(self._state.step)
+
+    def is_over(self) -> bool:
+        """Whether the schedule ends here, which a time budget may let it do in mid-epoch."""
+        return self._state.step >= self._state.progress.schedule.total_steps
 
     def add(self, record: StepRecord) -> None:
         values = HostCopy([record.loss, record.grad_norm, record.bad])

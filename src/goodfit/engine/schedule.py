@@ -23,6 +23,7 @@ class Schedule:
         total_steps: Step at which it ends.
         lrf: Last factor, a share of the peak.
         start_factor: Factor from which the decay starts.
+        begin: Step at which warm-up begins; where a run is extended whose rate had fallen, not the first.
         closing_from: Step from which strong augmentation is off; -1 if it never is.
     """
 
@@ -32,6 +33,7 @@ class Schedule:
     total_steps: int
     lrf: float
     start_factor: float = 1.0
+    begin: int = 0
     closing_from: int = -1
 
     def is_closing(self, step: int) -> bool:
@@ -41,7 +43,7 @@ class Schedule:
     def factor(self, step: int) -> float:
         """The factor on the peak learning rate for the update that follows `step` updates."""
         if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
+            return (step + 1 - self.begin) / (self.warmup_steps - self.begin)
         if step < self.stable_until:
             return self.start_factor
         length = max(1, self.total_steps - self.stable_until)

@@ -22,6 +22,8 @@ class Progress:
     Attributes:
         segment: Number of this segment of the run's tree.
         parent: Segment and step that it started from; None for the first.
+        branch: Why it was started: "extension" or "cool-down"; "" for the first.
+        branches: Segment and step of every state that a segment started from; their checkpoints are kept.
         step: Updates done, counted along the branch.
         epoch: Number of the epoch in progress, from 0.
         position: Samples consumed in it, over all processes.
@@ -29,24 +31,34 @@ class Progress:
         num_micro: Micro-batches per update and process; doubled when memory runs out.
         schedule: The learning-rate schedule of this segment.
         best: Segment, step, epoch, value and loss of the best validation so far; None before the first.
-        bad_epochs: Validations at the stable rate since the last improvement.
+        reference: The same of the best one on the way to this state, before the rate began to fall for good.
+        counted: The watched figure when it last gained enough for patience.
+        bad_epochs: Validations since then, warm-up not counted.
+        losses: Validation losses on the way to this state, one an epoch.
+        seconds: That the run has taken, where it has a time budget; else 0.
         loss_sum, loss_count: Training loss of the epoch so far, summed over samples.
         skipped: Steps whose update was masked, with the rows of their samples.
         bad_in_a_row: Masked steps since the last good one.
         finished: Whether training is over.
-        ended: Why: "schedule", "cool-down"; "" while it goes on.
+        ended: Why: "schedule", "cool-down", "time budget"; "" while it goes on.
     """
 
     schedule: Schedule
     segment: int = 0
     parent: dict[str, int] | None = None
+    branch: str = ""
+    branches: list[dict[str, int]] = field(default_factory=list)
     step: int = 0
     epoch: int = 0
     position: int = 0
     closing: bool = False
     num_micro: int = 1
     best: dict[str, Any] | None = None
+    reference: dict[str, Any] | None = None
+    counted: float | None = None
     bad_epochs: int = 0
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
     loss_sum: float = 0.0
     loss_count: int = 0
     skipped: list[dict[str, Any]] = field(default_factory=list)

@@ -103,6 +103,8 @@ def num_checkpoints(plan: Plan) -> tuple[int, int]:
     epochs = plan.epochs.value
     plateau = 0 < plan.patience.value < epochs
     pinned = 1 if plan.schedule.value == "wsd" else (plan.warmup.value > 0) + plateau  # cosine decays after warm-up
+    while plan.schedule.value == "wsd" and epochs * 2**pinned <= plan.most_epochs.value:
+        pinned += 1  # each extension starts from a state that is kept
     kept = KEEP + 1 + pinned + plateau
     return min(kept + 2, epochs + KEEP + pinned), min(kept, epochs + KEEP - 1 + pinned)
 

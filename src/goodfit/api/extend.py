@@ -1,0 +1,121 @@
+"""`extend`: go on with a finished run for more epochs, in a new segment from the state before its rate fell."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from goodfit.api.assemble import Parts, execution, run_hashes
+from goodfit.api.folder import PLAN, Run, open_run
+from goodfit.api.train import recorded, reopen, resume
+from goodfit.config.plan import Decision
+from goodfit.core.errors import RequestError, StorageError
+from goodfit.core.journal import Journal
+from goodfit.core.lock import run_lock
+from goodfit.core.safeio import storage_errors, write_json
+from goodfit.engine.checkpoint import Checkpoints, Snapshot, restore, take_snapshot
+from goodfit.engine.policy import COOL_DOWN, EXTENSION, lengthened
+from goodfit.engine.schedule import DECAY_SHARE, Schedule
+from goodfit.watch.terminal import Terminal
+
+OUTCOME = ("result.json", "test.json", "report.html", "bundle")  # of a segment, kept in segments/N/
+WARMUP_EPOCHS = 1  # where the rate had fallen already
+
+
+def extend(run: str | Path, *, epochs: int) -> Run:
+    """Train a finished run for more epochs, then test, bundle and report it anew.
+
+    A new segment starts from the state pinned before the decay, with its optimizer state and rate, and decays at its own
+    end. A run whose schedule has no stable rate goes on from its end instead, with a warm-up. What is kept is the best
+    state of all segments, so the result is never worse on the validation split; the test is one more look, and counted.
+    The earlier plan, result, report and bundle are kept in `segments/N/`.
+
+    Args:
+        run: Its folder.
+        epochs: In all, counted from the start of the run.
+
+    Raises:
+        RequestError: the folder is not a run, or has as many epochs already.
+        StorageError: the run has not finished, is held by another process, or a checkpoint is missing.
+    """
+    opened = open_run(run)
+    journal = Journal(None, (Terminal(),))
+    with run_lock(opened.path), recorded(journal, opened.path):
+        if not (opened.path / "result.json").is_file():
+            raise StorageError(
+                "This run has not finished.", where=str(run), kept="the run", next=f"goodfit resume {run}"
+            )
+        with execution(opened.plan):
+            _open_segment(opened, reopen(opened, journal), journal, epochs)
+    return resume(opened.path)
+
+
+def _open_segment(run: Run, parts: Parts, journal: Journal, epochs: int) -> None:
+    """Write the first checkpoint of the new segment, then the plan, and set the outcome of the last one aside.
+
+    In this order: a kill on the way leaves either the finished run, or one that `resume` goes on with.
+    """
+    checkpoints = Checkpoints(run.path / "checkpoints", run_hashes(parts.plan, parts.index))
+    last = checkpoints.latest()
+    assert last is not None  # it has finished
+    steps = parts.train.steps_per_epoch
+    done = last.progress["schedule"]["total_steps"] / steps
+    if last.progress["finished"] and epochs <= done:
+        raise RequestError(f"epochs={epochs}: the run has {done:g} already.", where=str(run.path), kept="the run",
+                           next=f"goodfit extend {run.path} epochs={round(2 * done)}")  # fmt: skip
+    if not last.progress["finished"]:  # an extension was begun and cut off before the outcome was set aside
+        _set_aside(run.path, last.progress["segment"] - 1)
+        return
+    start, schedule, text = _start(checkpoints, last, parts, epochs)
+    restore(parts.state, start)
+    progress, before = parts.state.progress, last.progress
+    place = {"segment": start.progress["segment"], "step": start.progress["step"]}
+    progress.parent, progress.branches = place, [*before["branches"], place]
+    progress.segment, progress.branch, progress.schedule = before["segment"] + 1, EXTENSION, schedule
+    progress.best, progress.skipped = before["best"], before["skipped"]
+    progress.bad_epochs, progress.finished, progress.ended, progress.seconds = 0, False, "", 0.0
+    checkpoints.save(take_snapshot(parts.state))
+    _set_aside(run.path, before["segment"])
+    reason = f"extended from {done:g}"
+    plan = replace(parts.plan, epochs=Decision(epochs, reason, "asked"), most_epochs=Decision(epochs, reason, "asked"),
+                   time=Decision(0.0, "spent; extended by epochs", "rule"))  # fmt: skip
+    write_json(run.path / PLAN, plan.to_dict())
+    journal.segment, journal.step = progress.segment, progress.step
+    journal.emit("segment", parent=place, branch=EXTENSION, reason=text, epochs=epochs)
+
+
+def _start(checkpoints: Checkpoints, last: Snapshot, parts: Parts, epochs: int) -> tuple[Snapshot, Schedule, str]:
+    """The state to go on from, the schedule from there, and why."""
+    progress, plan = last.progress, parts.plan
+    total = epochs * parts.train.steps_per_epoch
+    place: dict[str, Any] | None = progress["parent"] if progress["branch"] == COOL_DOWN else None
+    place = place or checkpoints.newest_pinned(progress["segment"])
+    if plan.schedule.value == "wsd" and place is not None:
+        start = checkpoints.load_state(place)
+        schedule = lengthened(Schedule(**start.progress["schedule"]), total)
+        if schedule.stable_until > start.progress["step"]:
+            return start, schedule, "from the state before the rate fell, with its optimizer state and rate"
+        where = start.progress["step"]
+        return (
+            start,
+            schedule.cool_down(where, total - where),
+            "from the state before the rate fell, which falls at once",
+        )
+    step = int(progress["step"])
+    warm = min(step + WARMUP_EPOCHS * parts.train.steps_per_epoch, total)
+    again = Schedule(kind="wsd", begin=step, warmup_steps=warm, stable_until=max(warm, total - round(DECAY_SHARE * total)),
+                     total_steps=total, lrf=plan.lrf.value)  # fmt: skip
+    return last, again, "the rate had fallen: from the end, with a warm-up of an epoch, then stable, then its decay"
+
+
+def _set_aside(folder: Path, segment: int) -> None:
+    """Keep the outcome of a segment; the result goes last, since with it a run counts as finished."""
+    aside = folder / "segments" / str(segment)
+    with storage_errors(aside):
+        aside.mkdir(parents=True, exist_ok=True)
+        (aside / PLAN).write_bytes((folder / PLAN).read_bytes())
+        for name in reversed(OUTCOME):
+            if (folder / name).exists() and not (aside / name).exists():
+                os.replace(folder / name, aside / name)
