@@ -108,6 +108,7 @@ def _close_epoch(
     progress, clock = state.progress, epoch.clock
     clock.spend("validation")
     improved = _take_note(state, metrics, settings)
+    progress.schedule = progress.schedule.after_validation(progress.bad_epochs)
     train_loss = progress.loss_sum / max(1, progress.loss_count)
     journal.step, journal.segment = progress.step, progress.segment
     clock.spend("host")
@@ -167,9 +168,9 @@ def _take_note(state: TrainState, metrics: dict[str, float], settings: FitSettin
 
 
 def _is_plateau(state: TrainState, settings: FitSettings) -> bool:
-    """Patience is spent, at a rate that has not begun to fall for good (cosine falls from the start of its decay)."""
+    """Patience is spent, at a rate that has not begun to fall for good."""
     progress = state.progress
-    stable = progress.schedule.kind == "cosine" or progress.step < progress.schedule.stable_until
+    stable = progress.schedule.is_stable(progress.step)
     first_choice = settings.patience > 0 and progress.parent is None
     return first_choice and stable and progress.best is not None and progress.bad_epochs >= settings.patience
 
