@@ -141,8 +141,6 @@ def test_a_planted_nan_changes_nothing(kind, value, good_steps):
     state = make_state(network(batch_norm=True), kind, ema=True)
     ctx = context(OneTerm(), clip=1.0)
     run_steps(state, ctx, [chop(batch(), (12,))], good_steps)
-    if good_steps == 0 and kind != "sgd":  # Adam makes its moments, all zero, at the first step, masked or not
-        run_steps(state, ctx, [chop({**batch(), "x": batch()["x"] * float("nan")}, (12,))], 1)
     before = tensors_sha256({"m": state.model.state_dict(), "o": optimizer_tensors(state.optimizer),
                              "e": state.ema.model.state_dict()})  # fmt: skip
     bad = batch(seed=5)

@@ -35,6 +35,7 @@ class Schedule:
         total_steps: Step at which it ends.
         lrf: Last factor, a share of the peak; lowest factor where the rate goes up and down.
         start_factor: Factor from which wsd's decay starts.
+        begin: Step at which warm-up begins; where a run is extended whose rate had fallen, not the first.
         closing_from: Step from which strong augmentation is off; -1 if it never is.
         milestones: Steps.
         period: Steps; of plateau, validations without improvement that it waits.
@@ -48,6 +49,7 @@ class Schedule:
     total_steps: int
     lrf: float
     start_factor: float = 1.0
+    begin: int = 0
     closing_from: int = -1
     milestones: tuple[int, ...] = ()
     period: int = 0
@@ -70,7 +72,7 @@ class Schedule:
         """The factor on the peak learning rate for the update that follows `step` updates."""
         if self.kind == "onecycle":
             return self._one_cycle(step, ONE_CYCLE_START, 1.0, self.lrf)
-        ramp = (step + 1) / self.warmup_steps if step < self.warmup_steps else 1.0
+        ramp = (step + 1 - self.begin) / (self.warmup_steps - self.begin) if step < self.warmup_steps else 1.0
         return ramp * self._after_warmup(max(step, self.warmup_steps))
 
     def momentum(self, step: int) -> float | None:
@@ -129,7 +131,7 @@ class Schedule:
         return self.lrf + (1 - self.lrf) * height * (1 - abs(within / self.period - 1))
 
     def _one_cycle(self, step: int, start: float, peak: float, end: float) -> float:
-        top, last = self.warmup_steps - 1, self.total_steps - 1  # the last steps of rise and fall reach their ends
+        top, last = max(0, self.warmup_steps - 1), self.total_steps - 1  # the last steps of rise and fall reach their ends
         if step <= top:
             return peak + (start - peak) * _half_cosine(step / top if top > 0 else 1.0)
         return end + (peak - end) * _half_cosine(min(1.0, (step - top) / max(1, last - top)))
@@ -156,7 +158,8 @@ def plan_schedule(
     total = epochs * steps_per_epoch
     closing = round(close * epochs)
     warmup_steps = min(round(warmup * steps_per_epoch), total // 2)
-    period_steps = max(1, round(period * (1 if kind == "plateau" else steps_per_epoch)))
+    # Rounded up, so that cycles that fill the run do not begin one more at its last step.
+    period_steps = max(1, math.ceil(period * (1 if kind == "plateau" else steps_per_epoch) - 1e-6))
     marks = tuple(round(mark * steps_per_epoch) for mark in milestones)
     decay_begins = {
         "wsd": max(warmup_steps, total - max(1, round(decay * total))),
