@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from test_step import FLAT, Identity, Images, OneTerm, batch, chop, network
 from torch import nn
 
 from goodfit.config.request import OPTIMIZERS
@@ -20,7 +21,6 @@ from goodfit.engine.schedule import Schedule, plan_schedule
 from goodfit.engine.state import LossScale, Progress, TrainState, copy_buffers
 from goodfit.engine.step import StepContext, train_step
 from goodfit.models.builder import ParameterGroup
-from test_step import FLAT, Identity, Images, OneTerm, batch, chop, network
 
 STEPS = 200
 MOMENTUM = {"rmsprop": 0.0, "muon": 0.95}
@@ -77,7 +77,10 @@ def theirs(kind, model):
     single = vectors[0].dtype == torch.float32  # where the last digits depend on the kernels
     fused, lists = ({"fused": True}, {"foreach": True}) if single else ({}, {})
     if kind == "muon":
-        return [torch.optim.Muon(rows[:1], momentum=0.95, adjust_lr_fn="match_rms_adamw"), torch.optim.AdamW(rows[1:], **lists)]
+        return [
+            torch.optim.Muon(rows[:1], momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rows[1:], **lists),
+        ]
     made = {
         "sgd": lambda: torch.optim.SGD(rows, momentum=0.9, nesterov=True, **fused),
         "adam": lambda: torch.optim.Adam(rows, **fused),
@@ -131,7 +134,9 @@ class FlatKernels(Kernels):
 
     def __init__(self):
         super().__init__()
-        self.flat = nn.ParameterList(nn.Parameter(layer.weight.detach().flatten(1)) for layer in (self.first, self.second))
+        self.flat = nn.ParameterList(
+            nn.Parameter(layer.weight.detach().flatten(1)) for layer in (self.first, self.second)
+        )
         self.shapes = [layer.weight.shape for layer in (self.first, self.second)]
 
     def forward(self, x):
@@ -177,29 +182,15 @@ def newton_schulz(matrix):
     return found.T if matrix.shape[0] > matrix.shape[1] else found
 
 
-def test_muon_on_a_kernel_equals_one_written_by_hand():
-    """One step, to 3 % of it: ours iterates in bfloat16."""
-    ours, other = Kernels().double(), Kernels().double()
-    state = make_state(ours, "muon", lr=0.01)
-    step(state, batch(dtype=torch.float64), context())
-    data = batch(dtype=torch.float64)
-    nn.functional.cross_entropy(other(data["x"]), data["y"]).backward()
-    for name in ("first", "second"):
-        kernel = getattr(other, name).weight
-        momentum = 0.05 * kernel.grad
-        nesterov = (0.05 * kernel.grad + 0.95 * momentum).flatten(1)
-        update = 0.01 * 0.2 * math.sqrt(max(nesterov.shape)) * newton_schulz(nesterov).view(kernel.shape)
-        gap = getattr(ours, name).weight - (kernel * (1 - 0.01 * 0.01) - update)
-        assert float(gap.detach().norm()) < 0.03 * float(update.norm()), name
-
-
 @pytest.mark.parametrize("shape", [(8, 40), (40, 8), (16, 16), (1, 9)])
 def test_orthogonalise_keeps_directions_and_evens_out_sizes(shape):
     matrix = torch.tensor(np.random.default_rng(0).normal(size=shape), dtype=torch.float32)
     found = orthogonalise(matrix).float()
     left, sizes, right = torch.linalg.svd(matrix, full_matrices=False)
-    assert 0.6 < float(torch.linalg.svdvals(found).min()) and float(torch.linalg.svdvals(found).max()) < 1.3
+    assert float(torch.linalg.svdvals(found).min()) > 0.6 and float(torch.linalg.svdvals(found).max()) < 1.3
     cosine = float((found * (left @ right)).sum() / found.norm() / (left @ right).norm())
+    gap = found - newton_schulz(matrix.double())
+    assert float(gap.norm()) < 0.03 * float(found.norm()), "as far as bfloat16 goes"
     assert cosine > 0.95 and (min(shape) == 1 or float(sizes.max() / sizes.min()) > 1.5)
 
 
@@ -218,7 +209,9 @@ def test_which_parameters_are_matrices():
         vit, mobile = timm.create_model("vit_tiny_patch16_224"), timm.create_model("mobilenetv2_100")
     assert not {"pos_embed", "cls_token", "norm.weight"} & matrix_names(vit)
     assert {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= matrix_names(vit)
-    assert "blocks.0.0.conv_dw.weight" not in matrix_names(mobile) and "blocks.0.0.conv_pw.weight" in matrix_names(mobile)
+    assert "blocks.0.0.conv_dw.weight" not in matrix_names(mobile) and "blocks.0.0.conv_pw.weight" in matrix_names(
+        mobile
+    )
 
 
 @pytest.mark.parametrize("device", [DevicePolicy, Distant])

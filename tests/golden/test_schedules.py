@@ -121,7 +121,9 @@ def test_warm_up_is_a_ramp_to_where_the_schedule_goes_on(kind):
         elif absolute:
             expected = plain.factor(step)
         elif kind in ("cosine", "linear"):
-            expected = plan_schedule(kind, epochs=17, steps_per_epoch=10, warmup=0, lrf=0.1, decay=0.2).factor(step - 30)
+            expected = plan_schedule(kind, epochs=17, steps_per_epoch=10, warmup=0, lrf=0.1, decay=0.2).factor(
+                step - 30
+            )
         else:
             expected = plain.factor(step - 30)
         assert warm.factor(step) == pytest.approx(expected, abs=1e-12), step

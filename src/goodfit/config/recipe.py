@@ -75,7 +75,9 @@ def _optimizer(choose: Chooser, facts: Facts) -> Decision[str]:
     family = "attention" if facts.model.has_attention else "convolutions"
     start = "from scratch" if facts.model.weights_kind == "none" else "pretrained"
     why = "attention trains badly with SGD" if facts.model.has_attention else "steady over learning rates"
-    return choose("optimizer", "adamw", f"{family}, {start}, {facts.data.num_train:,} samples: AdamW in all cases, {why}")
+    return choose(
+        "optimizer", "adamw", f"{family}, {start}, {facts.data.num_train:,} samples: AdamW in all cases, {why}"
+    )
 
 
 def _momentum(choose: Chooser, optimizer: str, schedule: str) -> Decision[float]:
@@ -93,7 +95,9 @@ def _lengths(choose: Chooser) -> dict[str, Decision[Any]]:
     if epochs.source == "asked":
         most = Decision(epochs.value, "so many were asked for", "rule")
     else:
-        most = choose("most_epochs", MOST_EPOCHS, f"a run that still improves goes on to {2 * EPOCHS}, then {MOST_EPOCHS}")
+        most = choose(
+            "most_epochs", MOST_EPOCHS, f"a run that still improves goes on to {2 * EPOCHS}, then {MOST_EPOCHS}"
+        )
     return {"epochs": epochs, "most_epochs": most, "time": choose("time", 0.0, "no limit was asked for")}
 
 
@@ -133,4 +137,3 @@ def _learning_rates(
 
 def _three_digits(value: float) -> float:
     return float(f"{value:.3g}")
-

@@ -69,7 +69,9 @@ def outlast_a_cycle(patience: Decision[int], schedule: dict[str, Decision[Any]])
     cycle = math.ceil(CYCLES.get(schedule["schedule"].value, 0) * schedule["period"].value)
     if patience.source == "asked" or not 0 < patience.value < cycle:
         return patience
-    return replace(patience, value=cycle, reason="a whole cycle of the learning rate, with which validation goes up and down")
+    return replace(
+        patience, value=cycle, reason="a whole cycle of the learning rate, with which validation goes up and down"
+    )
 
 
 def _refuse_unused(request: TrainRequest, kind: str) -> None:

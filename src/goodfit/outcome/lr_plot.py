@@ -50,7 +50,11 @@ def plot_schedule(schedule: Schedule, peaks: dict[str, float], steps_per_epoch: 
     axis.spines["right"].set_visible(False)
     axis.legend(frameon=False, fontsize=8, loc="lower left")
     later = "; falls when validation no longer improves" if schedule.kind == "plateau" else ""
-    axis.set_title(f"schedule {schedule.kind}: {total:,} steps of {total / steps_per_epoch:g} epochs{later}", fontsize=9, loc="left")
+    axis.set_title(
+        f"schedule {schedule.kind}: {total:,} steps of {total / steps_per_epoch:g} epochs{later}",
+        fontsize=9,
+        loc="left",
+    )
     figure.savefig(path, dpi=110)
 
 

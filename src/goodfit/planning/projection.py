@@ -104,7 +104,10 @@ def num_checkpoints(plan: Plan) -> tuple[int, int]:
     """
     epochs = plan.epochs.value
     plateau = 0 < plan.patience.value < epochs
-    decays = plan.warmup.value > 0 or plan.schedule.value in ("step", "multistep")  # after warm-up, or at a step of their own
+    decays = plan.warmup.value > 0 or plan.schedule.value in (
+        "step",
+        "multistep",
+    )  # after warm-up, or at a step of their own
     pinned = 1 if plan.schedule.value == "wsd" else decays + plateau
     kept = KEEP + 1 + pinned + plateau
     return min(kept + 2, epochs + KEEP + pinned), min(kept, epochs + KEEP - 1 + pinned)
