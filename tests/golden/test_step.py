@@ -141,8 +141,6 @@ def test_a_planted_nan_changes_nothing(kind, value, good_steps):
     state = make_state(network(batch_norm=True), kind, ema=True)
     ctx = context(OneTerm(), clip=1.0)
     run_steps(state, ctx, [chop(batch(), (12,))], good_steps)
-    if good_steps == 0 and kind != "sgd":  # Adam makes its moments, all zero, at the first step, masked or not
-        run_steps(state, ctx, [chop({**batch(), "x": batch()["x"] * float("nan")}, (12,))], 1)
     before = tensors_sha256({"m": state.model.state_dict(), "o": optimizer_tensors(state.optimizer),
                              "e": state.ema.model.state_dict()})  # fmt: skip
     bad = batch(seed=5)
@@ -287,14 +285,14 @@ def test_optimizer_state_survives_its_file_form(make, kind):
 
 
 def test_schedules():
-    wsd = plan_schedule("wsd", epochs=10, warmup=1, lrf=0.0, steps_per_epoch=10)
+    wsd = plan_schedule("wsd", epochs=10, warmup=1, lrf=0.0, decay=0.2, steps_per_epoch=10)
     assert wsd.factor(0) == pytest.approx(0.1) and wsd.factor(9) == 1 == wsd.factor(50) == wsd.factor(80)
     assert (
         wsd.stable_until == 80
         and wsd.factor(90) == pytest.approx(0.5)
         and wsd.factor(100) == pytest.approx(0, abs=1e-9)
     )
-    cosine = plan_schedule("cosine", epochs=10, warmup=0, lrf=0.1, steps_per_epoch=10)
+    cosine = plan_schedule("cosine", epochs=10, warmup=0, lrf=0.1, decay=0.2, steps_per_epoch=10)
     assert (
         cosine.factor(0) == 1 and cosine.factor(50) == pytest.approx(0.55) and cosine.factor(100) == pytest.approx(0.1)
     )

@@ -19,7 +19,7 @@ SETTINGS = FitSettings(patience=3, min_delta=0.01, monitor="accuracy", maximise=
 
 
 def schedule_of(epochs=20, kind="wsd", warmup=1.0):
-    return plan_schedule(kind, epochs=epochs, warmup=warmup, lrf=0.0, steps_per_epoch=STEPS)
+    return plan_schedule(kind, epochs=epochs, warmup=warmup, lrf=0.0, steps_per_epoch=STEPS, decay=0.2)
 
 
 def run_through(values, losses=None, *, settings=SETTINGS, schedule=None):
@@ -74,7 +74,7 @@ def test_a_run_is_extended_if_it_improves_and_does_not_overfit(values, losses, e
 
 
 def test_a_longer_schedule_has_the_same_start_and_shares():
-    short = plan_schedule("wsd", epochs=20, warmup=1.0, lrf=0.0, steps_per_epoch=STEPS, close=0.1)
+    short = plan_schedule("wsd", epochs=20, warmup=1.0, lrf=0.0, steps_per_epoch=STEPS, decay=0.2, close=0.1)
     long = lengthened(short, 400)
     assert (long.stable_until, long.total_steps, long.closing_from) == (320, 400, 360)
     assert all(short.factor(k) == long.factor(k) for k in range(short.stable_until))
@@ -85,7 +85,7 @@ def test_a_longer_schedule_has_the_same_start_and_shares():
 @pytest.mark.parametrize("left", [3, 20, 400])
 def test_a_schedule_fitted_to_another_time_does_not_jump_and_ends_there(kind, step, left):
     progress = Progress(schedule_of(kind=kind), step=step)
-    fitted = fit_schedule(progress, left, most_steps=1000)
+    fitted = fit_schedule(progress, left, most_steps=1000, decay=0.2)
     assert fitted.total_steps == step + left
     if step >= 10 and not (kind == "wsd" and step < 160):  # before: warm-up may shorten, and the decay begin at once
         assert fitted.factor(step) == pytest.approx(progress.schedule.factor(step), abs=0.5 / left if left > 3 else 0.2)
@@ -95,10 +95,10 @@ def test_a_schedule_fitted_to_another_time_does_not_jump_and_ends_there(kind, st
 
 def test_a_fitted_schedule_keeps_within_the_most_steps_and_a_cool_down_never_grows():
     progress = Progress(schedule_of(), step=50)
-    assert fit_schedule(progress, 10_000, most_steps=300).total_steps == 300
+    assert fit_schedule(progress, 10_000, most_steps=300, decay=0.2).total_steps == 300
     cooling = Progress(schedule_of().cool_down(50, 20), step=55, branch="cool-down")
-    assert fit_schedule(cooling, 10_000, most_steps=300).total_steps == 70
-    assert fit_schedule(cooling, 5, most_steps=300).total_steps == 60
+    assert fit_schedule(cooling, 10_000, most_steps=300, decay=0.2).total_steps == 70
+    assert fit_schedule(cooling, 5, most_steps=300, decay=0.2).total_steps == 60
 
 
 def test_a_time_budget_follows_a_machine_that_slows_down(monkeypatch):
@@ -116,7 +116,7 @@ def test_a_time_budget_follows_a_machine_that_slows_down(monkeypatch):
         if progress.step == 300:
             seconds = 0.25  # the machine is shared from here on
         if spent.is_due():
-            progress.schedule = fit_schedule(progress, spent.steps_left(progress.step, STEPS), most_steps=10_000)
+            progress.schedule = fit_schedule(progress, spent.steps_left(progress.step, STEPS), most_steps=10_000, decay=0.2)
         if position == STEPS:
             now[0] += 1.0  # validation
             spent.end_epoch(1.0)

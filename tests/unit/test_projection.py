@@ -65,7 +65,7 @@ def test_a_checkpoint_has_the_size_that_is_projected(tmp_path, asked):
     optimizer = build_optimizer(model, groups, kind=plan.optimizer.value, momentum=plan.momentum.value)
     model(torch.randn(4, 300)).sum().backward()
     optimizer.step()
-    schedule = plan_schedule("wsd", epochs=10, warmup=0.0, lrf=0.0, steps_per_epoch=10)
+    schedule = plan_schedule("wsd", epochs=10, warmup=0.0, lrf=0.0, steps_per_epoch=10, decay=0.2)
     ema = Ema(model, 0.9) if plan.ema.value else None
     state = TrainState(model, optimizer, ema, LossScale(torch.device("cpu"), active=False), Progress(schedule))
     checkpoints = Checkpoints(tmp_path / "checkpoints", {})

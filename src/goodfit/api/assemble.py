@@ -162,7 +162,8 @@ def assemble_step(
     network, weights = build_network(plan, len(task.class_names))
     state = _initial_state(plan, device.place(network), device, steps_per_epoch)
     compile_in_place(state.model, plan.compile.value)  # not its average, nor any copy
-    return state, StepContext(task, transform, device, ranks, plan.seed.value, plan.clip.value), weights
+    context = StepContext(task, transform, device, ranks, plan.seed.value, plan.clip.value, plan.clip_value.value)
+    return state, context, weights
 
 
 def assemble_probe(
@@ -194,7 +195,8 @@ def balancing(balance: str, counts: npt.NDArray[np.int64]) -> dict[str, Any]:
 
 def _initial_state(plan: Plan, network: torch.nn.Module, device: DevicePolicy, steps_per_epoch: int) -> TrainState:
     schedule = plan_schedule(plan.schedule.value, epochs=plan.epochs.value, warmup=plan.warmup.value,
-                             lrf=plan.lrf.value, steps_per_epoch=steps_per_epoch,
+                             lrf=plan.lrf.value, steps_per_epoch=steps_per_epoch, decay=plan.decay.value,
+                             milestones=plan.milestones.value, period=plan.period.value, gamma=plan.gamma.value,
                              close=plan.close_augment.value)  # fmt: skip
     return TrainState(
         model=network,

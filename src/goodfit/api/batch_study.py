@@ -159,11 +159,13 @@ def trial_plan(request: TrainRequest, facts: Facts, size: int, design: StudyDesi
     """The plan of one training: the run's own rules for this batch, so that the learning rate is that of the size."""
     asked = replace(request, batch=size, batch_study=None, epochs=design.epochs, time=None)
     whole = resolve(request, facts)
-    share = design.epochs / whole.epochs.value  # lengths of a long run: the same share of the short one
-    if request.warmup is not None:
-        asked = replace(asked, warmup=f"{whole.warmup.value * share:g}")
-    if request.period is not None:
-        asked = replace(asked, period=f"{whole.period.value * share:g}")
+    share = design.epochs / whole.epochs.value  # of a long run: lengths are the same part of the short one
+    lengths = {"warmup": f"{share * whole.warmup.value:g}", "period": f"{share * whole.period.value:g}",
+               "milestones": ",".join(f"{share * mark:g}" for mark in whole.milestones.value),
+               "decay": f"{100 * whole.decay.value:g}%"}  # fmt: skip
+    asked = replace(asked, **{name: text for name, text in lengths.items() if getattr(request, name) is not None})
+    if request.gamma is not None and whole.schedule.value in ("exponential", "exp-range"):  # of each epoch
+        asked = replace(asked, gamma=whole.gamma.value ** (1 / share))
     return resolve(asked, facts).changed(workers=0, fraction=1.0, patience=0, rehearse=False)
 
 

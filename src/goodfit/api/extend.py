@@ -17,7 +17,7 @@ from goodfit.core.lock import run_lock
 from goodfit.core.safeio import storage_errors, write_json
 from goodfit.engine.checkpoint import Checkpoints, Snapshot, restore, take_snapshot
 from goodfit.engine.policy import COOL_DOWN, EXTENSION, lengthened
-from goodfit.engine.schedule import DECAY_SHARE, Schedule
+from goodfit.engine.schedule import Schedule
 from goodfit.watch.terminal import Terminal
 
 OUTCOME = ("result.json", "test.json", "report.html", "bundle")  # of a segment, kept in segments/N/
@@ -105,8 +105,8 @@ def _start(checkpoints: Checkpoints, last: Snapshot, parts: Parts, epochs: int) 
         )
     step = int(progress["step"])
     warm = min(step + WARMUP_EPOCHS * parts.train.steps_per_epoch, total)
-    again = Schedule(kind="wsd", begin=step, warmup_steps=warm, stable_until=max(warm, total - round(DECAY_SHARE * total)),
-                     total_steps=total, lrf=plan.lrf.value)  # fmt: skip
+    falls = max(warm, total - round(plan.decay.value * total))
+    again = Schedule(kind="wsd", begin=step, warmup_steps=warm, stable_until=falls, total_steps=total, lrf=plan.lrf.value)
     return last, again, "the rate had fallen: from the end, with a warm-up of an epoch, then stable, then its decay"
 
 

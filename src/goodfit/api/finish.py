@@ -32,7 +32,7 @@ from goodfit.outcome.baselines import ProbeResult, backbone_features, linear_pro
 from goodfit.outcome.bundle import Served, library_versions, write_bundle
 from goodfit.outcome.finaltest import final_result
 from goodfit.outcome.ledger import count_look
-from goodfit.outcome.lr_plot import plot_lr_range
+from goodfit.outcome.lr_plot import plot_lr_range, plot_schedule
 from goodfit.outcome.plots import plot_batch, plot_confusion, plot_results
 from goodfit.outcome.report import write_report
 from goodfit.planning.projection import describe_outcome
@@ -40,6 +40,7 @@ from goodfit.planning.projection import describe_outcome
 _PARITY = stream("parity")
 NUM_PICTURES = 16
 LR_RANGE = "lr_range.png"
+LR = "lr.png"
 
 
 def load_best(parts: Parts, checkpoints: Checkpoints) -> None:
@@ -158,8 +159,8 @@ def describe_latency(latency: dict[str, Any]) -> str:
 
 
 def picture_stage(run: Run, parts: Parts, journal: Journal) -> None:
-    """Draw train_batch.png and val_batch.png: the very tensors that the model sees, with their labels; and the range
-    test's curve, where there was one."""
+    """Draw train_batch.png and val_batch.png: the very tensors that the model sees, with their labels; lr.png, the planned
+    learning rates; and the range test's curve, where there was one."""
     with stage(journal, "pictures") as note:
         plots = run.path / "plots"
         plots.mkdir(exist_ok=True)
@@ -171,6 +172,11 @@ def picture_stage(run: Run, parts: Parts, journal: Journal) -> None:
         val = context.transform.evaluate(context.device.move(few.data))
         for name, batch in (("train", train), ("val", val)):
             plot_batch(batch, names, parts.preprocessing, plots / f"{name}_batch.png")
+        peaks: dict[float, list[str]] = {}
+        for group in parts.state.optimizer.param_groups:
+            peaks.setdefault(group["peak_lr"], []).append(group["name"])
+        plot_schedule(parts.state.progress.schedule, {", ".join(dict.fromkeys(names)): lr for lr, names in peaks.items()},
+                      parts.train.steps_per_epoch, plots / LR)  # fmt: skip
         measured = parts.plan.measured
         if measured is not None and measured.lr_range is not None and measured.lr_range.losses:
             plot_lr_range(measured.lr_range, plots / LR_RANGE)
@@ -204,7 +210,7 @@ def report_stage(run: Run, parts: Parts, journal: Journal, test: dict[str, Any],
         }  # fmt: skip
         write_report(run.path / "report.html", facts,
                      {"results": plots / "results.png", "confusion": plots / "confusion_matrix.png",
-                      "lr_range": plots / LR_RANGE})  # fmt: skip
+                      "lr_range": plots / LR_RANGE, "lr": plots / LR})  # fmt: skip
         note.text = str(run.path / "report.html")
 
 

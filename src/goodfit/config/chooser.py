@@ -25,3 +25,10 @@ class Chooser:
         if self.base is not None:
             return getattr(self.base, name)
         return Decision(rule, reason, source)
+
+    def unless_changed(self, name: str) -> Chooser:
+        """One that passes over the earlier plan, if that decided `name` otherwise than is asked for now: what hangs on it
+        is decided anew."""
+        asked = getattr(self.request, name)
+        changed = self.base is not None and asked is not None and asked != getattr(self.base, name).value
+        return Chooser(self.request, None) if changed else self

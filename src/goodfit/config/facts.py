@@ -59,6 +59,7 @@ class ModelFacts:
     weights_problem: str  # why the weights cannot be had; empty if they can
     licence: str
     has_drop_path: bool
+    has_attention: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,28 +10,23 @@ from dataclasses import replace
 from typing import Any
 
 from goodfit.config.chooser import Chooser
-from goodfit.config.durations import in_epochs
 from goodfit.config.execution import BATCH
 from goodfit.config.facts import Facts
 from goodfit.config.measured import Measured
 from goodfit.config.plan import Decision
+from goodfit.config.schedules import choose_schedule, outlast_a_cycle
+from goodfit.core.errors import RequestError
 
-LR = {
-    "adamw": 1e-3,
-    "adam": 1e-3,
-    "nadam": 1e-3,
-    "radam": 1e-3,
-    "rmsprop": 1e-4,
-    "sgd": 0.05,
-    "muon": 1e-3,
-}  # at batch 64
+# At batch 64. RMSprop does not correct the bias of its average: its first updates are ten times the rate.
+LR = {"adamw": 1e-3, "adam": 1e-3, "nadam": 1e-3, "radam": 1e-3, "rmsprop": 1e-4, "sgd": 0.05, "muon": 1e-3}
+MOMENTUM = {"rmsprop": (0.0, "as Hinton gave it; its rate is for none"), "muon": (0.95, "as Jordan 2024")}
+DECOUPLED = ("adamw", "nadam", "radam", "muon")
 BACKBONE_LR = (
     0.3  # of the rate from scratch, where the backbone is pretrained (trashnet: 1.0 lost 4 points, see dev/LOG.md)
 )
 HEAD_LR = 10  # times the rate of a pretrained backbone
 EPOCHS = 300
 MOST_EPOCHS = 1200
-DECAY = 0.2
 
 
 def choose_recipe(choose: Chooser, facts: Facts, batch: int) -> dict[str, Decision[Any]]:
@@ -39,29 +34,60 @@ def choose_recipe(choose: Chooser, facts: Facts, batch: int) -> dict[str, Decisi
 
     Args:
         batch: Samples per update.
+
+    Raises:
+        RequestError: what was asked does not fit together.
     """
     pretrained = facts.model.weights_kind != "none"
-    optimizer = choose("optimizer", "adamw", "steady over learning rates, the usual choice for fine-tuning")
-    lr, head_lr = _learning_rates(choose, optimizer.value, batch, pretrained, facts.measured)
+    optimizer = _optimizer(choose, facts)
+    # Rates, decay and momentum of one kind of optimizer say nothing about another: a plan's hold for its own.
+    fresh = choose.unless_changed("optimizer")
+    lr, head_lr = _learning_rates(fresh, optimizer.value, batch, pretrained, facts.measured)
     lengths = _lengths(choose)
-    decayed = optimizer.value in ("adamw", "muon")
+    decayed = optimizer.value in DECOUPLED
+    patience = choose("patience", 50, "the guides' default; warm-up is not counted")
+    schedule = choose_schedule(choose, lengths["epochs"].value, max(1, facts.data.num_train // batch), patience.value)
+    clip_value = choose("clip_value", 0.0, "the norm is limited, not single elements")
     return {
         **lengths,
         "optimizer": optimizer,
         "lr": lr,
         "head_lr": head_lr,
         **_transfer(choose),
-        "weight_decay": choose("weight_decay", 0.01 if decayed else 1e-4,
-                               "the guides' default for AdamW, little for others; none on norms and biases"),
-        "momentum": choose("momentum", 0.9, "the usual value"),
-        **_schedule(choose, lengths["epochs"].value, max(1, facts.data.num_train // batch)),
-        "clip": choose("clip", 1.0, "a guard against rare large gradients"),
-        "clip_value": choose("clip_value", 0.0, "the norm is limited, not single elements"),
+        "weight_decay": fresh("weight_decay", 0.01 if decayed else 1e-4,
+                              "the guides' default for decoupled decay; none on norms and biases" if decayed else
+                              "little, as it is part of the gradient here; none on norms and biases"),
+        "momentum": _momentum(fresh, optimizer.value, schedule["schedule"].value),
+        **schedule,
+        "clip": choose("clip", 0.0 if clip_value.value else 1.0,
+                       "single elements are limited instead" if clip_value.value else
+                       "a guard against rare large gradients"),
+        "clip_value": clip_value,
         "ema": choose("ema", True, "the average of the last steps validates better than the last step"),
         "swa": choose("swa", 0.0, "the moving average does the same"),
-        "patience": choose("patience", 50, "the guides' default; warm-up is not counted"),
+        "patience": outlast_a_cycle(patience, schedule),
         "min_delta": choose("min_delta", 0.001, "the guides' default, relative"),
     }  # fmt: skip
+
+
+def _optimizer(choose: Chooser, facts: Facts) -> Decision[str]:
+    """AdamW for every family of networks and every size of data: nothing that was measured here is better."""
+    family = "attention" if facts.model.has_attention else "convolutions"
+    start = "from scratch" if facts.model.weights_kind == "none" else "pretrained"
+    why = "attention trains badly with SGD" if facts.model.has_attention else "steady over learning rates"
+    return choose(
+        "optimizer", "adamw", f"{family}, {start}, {facts.data.num_train:,} samples: AdamW in all cases, {why}"
+    )
+
+
+def _momentum(choose: Chooser, optimizer: str, schedule: str) -> Decision[float]:
+    value, reason = MOMENTUM.get(optimizer, (0.9, "the usual value"))
+    if schedule != "onecycle" or optimizer == "rmsprop":
+        return choose("momentum", value, reason)
+    if choose.request.momentum is not None:
+        raise RequestError("one-cycle moves momentum itself, from 0.95 to 0.85 and back.", where="momentum=",
+                           next="leave momentum out, or choose another schedule=")  # fmt: skip
+    return Decision(0.95, "one-cycle moves it from 0.95 to 0.85 and back", "rule")
 
 
 def _lengths(choose: Chooser) -> dict[str, Decision[Any]]:
@@ -80,34 +106,6 @@ def _transfer(choose: Chooser) -> dict[str, Decision[Any]]:
         "layer_decay": choose("layer_decay", 1.0, "one rate for all layers of the backbone"),
         "freeze": choose("freeze", "", "everything trains"),
         "unfreeze": choose("unfreeze", "never", "nothing is frozen"),
-    }
-
-
-def _schedule(choose: Chooser, epochs: int, steps_per_epoch: int) -> dict[str, Decision[Any]]:
-    """The schedule and its lengths, which are asked as epochs, steps or a share, and decided in epochs."""
-
-    def length(name: str, rule: float, reason: str) -> Decision[float]:
-        found = choose(name, rule, reason)
-        return replace(found, value=_epochs(found.value)) if isinstance(found.value, str) else found
-
-    def _epochs(text: str) -> float:
-        return in_epochs(text, epochs=epochs, steps_per_epoch=steps_per_epoch)
-
-    schedule = choose("schedule", "wsd", "warm-up, stable, decay over the last fifth: can be extended and cooled down")
-    decay = choose("decay", DECAY, "the last fifth")
-    if isinstance(decay.value, str):
-        decay = replace(decay, value=min(1.0, _epochs(decay.value) / epochs))
-    asked: Decision[Any] = choose("milestones", [], "none")
-    if isinstance(asked.value, str):
-        asked = replace(asked, value=[_epochs(part) for part in asked.value.split(",")])
-    return {
-        "schedule": schedule,
-        "warmup": length("warmup", _warmup(epochs), "5 % of the epochs, at most 5"),
-        "decay": decay,
-        "milestones": asked,
-        "period": length("period", 0.0, "this schedule has none"),
-        "gamma": choose("gamma", 0.1, "this schedule has none"),
-        "lrf": choose("lrf", 0.0, "decay to zero"),
     }
 
 
@@ -139,7 +137,3 @@ def _learning_rates(
 
 def _three_digits(value: float) -> float:
     return float(f"{value:.3g}")
-
-
-def _warmup(epochs: int) -> float:
-    return min(5.0, round(0.05 * epochs, 2))

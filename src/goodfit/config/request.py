@@ -128,8 +128,12 @@ class TrainRequest:
     unfreeze: str | None = _ask(
         "text", "Optimisation", "when it does: never, gradual (a layer an epoch), or after how many epochs"
     )
-    weight_decay: float | None = _ask("float", "Optimisation", "weight decay (decoupled for adamw)", low=0.0, high=10.0)
-    momentum: float | None = _ask("float", "Optimisation", "SGD momentum, or Adam's beta 1", low=0.0, high=0.9999)
+    weight_decay: float | None = _ask(
+        "float", "Optimisation", "weight decay (decoupled for adamw, nadam, radam, muon)", low=0.0, high=10.0
+    )
+    momentum: float | None = _ask(
+        "float", "Optimisation", "momentum of sgd, rmsprop, muon, or beta 1", low=0.0, high=0.9999
+    )
     schedule: str | None = _ask("choice", "Optimisation", "learning rate over the run; wsd: warm-up, stable, decay",
                                 aliases=("scheduler", "lr_scheduler"), choices=SCHEDULES)  # fmt: skip
     warmup: str | None = _ask("length", "Optimisation", "warm-up of the learning rate: epochs, 500steps or 5%",
@@ -138,8 +142,12 @@ class TrainRequest:
     milestones: str | None = _ask("lengths", "Optimisation", "where multistep falls, as 30,60,90 or 50%,75%")
     period: str | None = _ask("length", "Optimisation", "between steps or restarts, half a cycle, or plateau's patience",
                               aliases=("step_size",))  # fmt: skip
-    gamma: float | None = _ask("float", "Optimisation", "factor of each step, epoch or plateau", low=0.0, high=1.0)
-    lrf: float | None = _ask("float", "Optimisation", "last learning rate as a share of the peak", low=0.0, high=1.0)
+    gamma: float | None = _ask(
+        "float", "Optimisation", "factor of each fall; of each epoch for exponential and exp-range", low=0.0, high=1.0
+    )
+    lrf: float | None = _ask(
+        "float", "Optimisation", "last (or lowest) learning rate as a share of the peak", low=0.0, high=1.0
+    )
     accumulate: int | None = _ask(
         "int", "Optimisation", "micro-batches per update",
         aliases=("accumulate_grad_batches", "gradient_accumulation_steps"), low=1, high=1024)  # fmt: skip

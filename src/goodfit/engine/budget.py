@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, replace
 
-from goodfit.engine.schedule import DECAY_SHARE, Schedule
+from goodfit.engine.schedule import Schedule
 from goodfit.engine.state import Progress
 
 CHECK_SHARE = 0.01  # of the budget between two looks at the clock, within an epoch ...
@@ -71,7 +71,7 @@ class TimeBudget:
 
 
 def fit_schedule(
-    progress: Progress, steps_left: int, *, most_steps: int, decay: float = DECAY_SHARE, close: float = 0.0
+    progress: Progress, steps_left: int, *, most_steps: int, decay: float, close: float = 0.0
 ) -> Schedule:
     """The schedule that ends when the time does, without a jump of the rate.
 

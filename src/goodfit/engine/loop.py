@@ -112,6 +112,7 @@ def _close_epoch(
     progress, clock = state.progress, epoch.clock
     clock.spend("validation")
     kept = take_note(progress, metrics, settings)
+    progress.schedule = progress.schedule.after_validation(progress.bad_epochs)
     improved = progress.best is not None and progress.best["step"] == progress.step and kept
     train_loss = progress.loss_sum / max(1, progress.loss_count)
     journal.step, journal.segment = progress.step, progress.segment

@@ -11,7 +11,7 @@ import torch
 
 from goodfit.engine.budget import TimeBudget, fit_schedule
 from goodfit.engine.ranks import Ranks
-from goodfit.engine.schedule import DECAY_SHARE, Schedule
+from goodfit.engine.schedule import Schedule
 from goodfit.engine.state import Progress
 
 COOL_DOWN_SHARE = 0.2  # of the steps done, when patience ends the stable rate
@@ -40,7 +40,7 @@ class FitSettings:
     monitor: str
     maximise: bool
     most_epochs: int = 0
-    decay: float = DECAY_SHARE
+    decay: float = 0.0
     close: float = 0.0
     time: TimeBudget | None = None
 
@@ -82,8 +82,8 @@ def take_note(progress: Progress, metrics: dict[str, float], settings: FitSettin
 
 
 def is_plateau(progress: Progress, settings: FitSettings) -> bool:
-    """Patience is spent, at a rate that has not begun to fall for good (cosine falls from the start of its decay)."""
-    stable = progress.schedule.kind == "cosine" or progress.step < progress.schedule.stable_until
+    """Patience is spent, at a rate that has not begun to fall for good."""
+    stable = progress.schedule.is_stable(progress.step)
     allowed = settings.patience > 0 and progress.branch != COOL_DOWN and progress.reference is not None
     return allowed and stable and progress.bad_epochs >= settings.patience
 

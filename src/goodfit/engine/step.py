@@ -12,7 +12,7 @@ import torch
 from goodfit.core.random import derive_seed, stream
 from goodfit.engine.contracts import BatchTransform, Micro, Task, Terms
 from goodfit.engine.device import DevicePolicy
-from goodfit.engine.optimizer import mask_update, set_learning_rate
+from goodfit.engine.optimizer import mask_update, set_learning_rate, undo_update
 from goodfit.engine.ranks import Ranks
 from goodfit.engine.state import TrainState, restore_buffers
 
@@ -29,6 +29,7 @@ class StepContext:
     ranks: Ranks
     seed: int
     clip: float  # largest gradient norm; 0 is off
+    clip_value: float = 0.0  # largest element of the gradient; 0 is off
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ def train_step(
         buffers: Copies of the model's buffers from before the step, restored if it is bad.
     """
     device, ranks, model, optimizer = context.device, context.ranks, state.model, state.optimizer
-    lr = set_learning_rate(optimizer, factor)
+    lr = set_learning_rate(optimizer, factor, state.progress.schedule.momentum(state.step))
     optimizer.zero_grad(set_to_none=True)
     num_samples = sum(len(micro.samples) for micro in group) * ranks.size
     sums = _TermSums(model, num_samples, state.loss_scale.value, alone=len(group) == 1 and ranks.size == 1)
@@ -75,9 +76,13 @@ def train_step(
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients) / scale  # unscaled before it is compared with the clip
     bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
-    shrink = torch.clamp(context.clip / (norm + 1e-6), max=1.0) if context.clip > 0 else torch.ones_like(norm)
-    mask_update(optimizer, scale / shrink, bad)
+    limited = norm
+    if context.clip_value > 0:
+        limited, scale = _clamp(gradients, scale, context.clip_value), torch.ones_like(scale)
+    shrink = torch.clamp(context.clip / (limited + 1e-6), max=1.0) if context.clip > 0 else torch.ones_like(norm)
+    copies = mask_update(optimizer, scale / shrink, bad, reads_are_free=device.reads_are_free)
     optimizer.step()
+    undo_update(optimizer, copies, bad)
     restore_buffers(model, buffers, bad, reads_are_free=device.reads_are_free)
     state.loss_scale.update(bad)
     if state.ema is not None:
@@ -85,6 +90,15 @@ def train_step(
     state.progress.step += 1
     samples = np.concatenate([micro.samples for micro in group])
     return StepRecord(state.step, loss, norm, bad, lr, num_samples, samples)
+
+
+@torch.no_grad()
+def _clamp(gradients: list[torch.Tensor], scale: torch.Tensor, limit: float) -> torch.Tensor:
+    """Unscale the gradients and clamp their elements to ± limit, in place. Returns their norm after it."""
+    torch._foreach_div_(gradients, scale)
+    torch._foreach_clamp_min_(gradients, -limit)
+    torch._foreach_clamp_max_(gradients, limit)
+    return torch.nn.utils.get_total_norm(gradients)
 
 
 class _TermSums:

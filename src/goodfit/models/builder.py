@@ -183,6 +183,7 @@ class ParameterGroup:
     names: tuple[str, ...]
     lr: float
     weight_decay: float
+    head: bool = False
 
 
 def parameter_groups(network: nn.Module, plan: Plan) -> list[ParameterGroup]:
@@ -198,6 +199,7 @@ def parameter_groups(network: nn.Module, plan: Plan) -> list[ParameterGroup]:
             tuple(names),
             plan.head_lr.value if part.startswith("head") else plan.lr.value,
             0.0 if part.endswith("biases") else plan.weight_decay.value,
+            head=part.startswith("head"),
         )
         for part, names in table.items()
     ]

@@ -134,6 +134,7 @@ def _facts(name: str, config: dict[str, Any], weights: str, kind: str, problem: 
         weights_problem=problem,
         licence=_licence(config, kind),
         has_drop_path=_takes(name, "drop_path_rate"),
+        has_attention=any("Attention" in type(module).__name__ for module in network.modules()),
     )
 
 

@@ -1,4 +1,4 @@
-"""The curve of a learning-rate range test as a picture."""
+"""Learning rates as pictures: what is planned for the run, and the curve of a range test."""
 
 from __future__ import annotations
 
@@ -6,7 +6,56 @@ import textwrap
 from pathlib import Path
 
 from goodfit.config.lr_range import LrRange
+from goodfit.engine.schedule import Schedule
 from goodfit.outcome.plots import COLOURS
+
+MAX_POINTS = 4000  # of a curve; 1,100 pixels show no more
+MAX_RATES = 6  # lines in the legend; of more (a rate for each layer) the first and the last are named
+
+
+def plot_schedule(schedule: Schedule, peaks: dict[str, float], steps_per_epoch: int, path: Path) -> None:
+    """The planned learning rate of each parameter group against the step, and the epoch above; with marks where the
+    decay begins and strong augmentation ends.
+
+    Args:
+        peaks: Peak learning rate by the names of the groups that share it.
+    """
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.4, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    total = schedule.total_steps
+    steps = sorted({round(k * total / MAX_POINTS) for k in range(MAX_POINTS)} | {max(0, schedule.warmup_steps - 1)})
+    factors = [schedule.factor(step) for step in steps]
+    for number, (name, peak) in enumerate(sorted(peaks.items(), key=lambda item: -item[1])):
+        named = len(peaks) <= MAX_RATES or number in (0, len(peaks) - 1)
+        axis.plot(steps, [peak * factor for factor in factors], linewidth=1.6, color=colormaps["viridis"](0.85 * number / len(peaks)),
+                  label=f"{name}: {peak:.3g}" if named else None)  # fmt: skip
+    marks = {schedule.stable_until: "decay begins", schedule.closing_from: "strong augmentation ends"}
+    for number, (step, text) in enumerate(sorted(marks.items())):
+        if 0 < step < total:
+            axis.axvline(step, color=COLOURS["lr"], linestyle=":", linewidth=1.2)
+            axis.annotate(text, (step, 1.0 - 0.06 * number), xycoords=("data", "axes fraction"), ha="right", va="top",
+                          fontsize=8, xytext=(-4, -3), textcoords="offset points")  # fmt: skip
+    axis.set_xlim(0, total)
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("step")
+    axis.set_ylabel("learning rate")
+    above = axis.secondary_xaxis("top", functions=(lambda s: s / steps_per_epoch, lambda e: e * steps_per_epoch))
+    above.set_xlabel("epoch")
+    axis.grid(color=COLOURS["grid"], linewidth=0.6)
+    axis.spines["right"].set_visible(False)
+    axis.legend(frameon=False, fontsize=8, loc="lower left")
+    later = "; falls when validation no longer improves" if schedule.kind == "plateau" else ""
+    axis.set_title(
+        f"schedule {schedule.kind}: {total:,} steps of {total / steps_per_epoch:g} epochs{later}",
+        fontsize=9,
+        loc="left",
+    )
+    figure.savefig(path, dpi=110)
 
 
 def plot_lr_range(found: LrRange, path: Path) -> None:

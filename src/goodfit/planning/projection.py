@@ -16,7 +16,9 @@ from goodfit.engine.checkpoint import KEEP
 from goodfit.planning.pace import Pace
 
 BYTES = 4  # of a weight; also under half precision the weights stay float32
-MOMENTS = {"adamw": 2, "adam": 2, "sgd": 1}  # tensors of a parameter's size in the optimizer's state
+# Tensors of a parameter's size in the optimizer's state; without momentum sgd and rmsprop have one less. Muon has one for
+# a matrix and two for what AdamW updates: at most two.
+MOMENTS = {"adamw": 2, "adam": 2, "nadam": 2, "radam": 2, "muon": 2, "rmsprop": 2, "sgd": 1}
 RECORDS = 5_000_000  # bytes of plots, report and events (demo: 1.1 MB), and what a file system rounds up
 
 
@@ -78,7 +80,7 @@ def project(
     epochs = plan.epochs.value
     epoch = None if pace is None else pace.epoch(steps_per_epoch, num_val)
     model = BYTES * (num_parameters + num_buffers)
-    moments = MOMENTS[plan.optimizer.value] if plan.momentum.value > 0 or plan.optimizer.value != "sgd" else 0
+    moments = MOMENTS[plan.optimizer.value] - (plan.optimizer.value in ("sgd", "rmsprop") and plan.momentum.value == 0)
     checkpoint = model * (2 if plan.ema.value else 1) + BYTES * moments * num_parameters
     peak, last = num_checkpoints(plan)
     bundle = 2 * model  # safetensors and ONNX
@@ -102,7 +104,8 @@ def num_checkpoints(plan: Plan) -> tuple[int, int]:
     """
     epochs = plan.epochs.value
     plateau = 0 < plan.patience.value < epochs
-    pinned = 1 if plan.schedule.value == "wsd" else (plan.warmup.value > 0) + plateau  # cosine decays after warm-up
+    decays = plan.warmup.value > 0 or plan.schedule.value in ("step", "multistep")  # after warm-up, or at a step of their own
+    pinned = 1 if plan.schedule.value == "wsd" else decays + plateau
     while plan.schedule.value == "wsd" and epochs * 2**pinned <= plan.most_epochs.value:
         pinned += 1  # each extension starts from a state that is kept
     kept = KEEP + 1 + pinned + plateau
