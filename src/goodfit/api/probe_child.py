@@ -18,7 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from goodfit.api.assemble import assemble, assemble_step, assemble_task, execution, train_loader, train_samples
+from goodfit.api.assemble import (
+    assemble,
+    assemble_step,
+    assemble_task,
+    execution,
+    picture_store,
+    train_loader,
+    train_samples,
+)
 from goodfit.config.loading import LoadCost, load_candidates
 from goodfit.config.lr_range import LrCurve
 from goodfit.config.measured import AllocatorCost, BatchCost, StepCost, best_execution
@@ -27,7 +35,6 @@ from goodfit.core.safeio import read_json
 from goodfit.data.index import read_split
 from goodfit.data.loader import MicroBatch, TrainLoader
 from goodfit.data.split import subset
-from goodfit.data.store import PictureStore
 from goodfit.engine.device import DevicePolicy, compiler_problem
 from goodfit.engine.ranks import Ranks
 from goodfit.engine.state import TrainState
@@ -113,8 +120,8 @@ def _loading(plan: Plan, folder: Path, ask: dict[str, Any]) -> Iterator[LoadCost
     many = np.tile(rows[np.linspace(0, len(rows) - 1, min(len(rows), BATCHES * batch)).astype(np.int64)],
                    -(-BATCHES * batch // len(rows)))  # fmt: skip
     few = many[np.linspace(0, len(many) - 1, WARM_BATCHES * batch).astype(np.int64)]
-    warm = PictureStore(index, np.unique(few), imgsz=plan.imgsz.value, cache="ram")  # never the file of a whole cache
-    cold = PictureStore(index, rows, imgsz=plan.imgsz.value, cache="off")
+    warm = picture_store(plan, index, np.unique(few), cache="ram")  # never the file of a whole cache
+    cold = picture_store(plan, index, rows, cache="off")
     task = assemble_task(plan, ask["class_names"], np.array(ask["counts"]))
 
     def loader_of(way: LoadCost) -> TrainLoader:

@@ -59,6 +59,7 @@ class ModelFacts:
     weights_problem: str  # why the weights cannot be had; empty if they can
     licence: str
     has_drop_path: bool
+    size_step: int = 32  # between two sides that training may vary over, pixels; 0 if it takes one size only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
