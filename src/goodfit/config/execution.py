@@ -213,6 +213,8 @@ def _arithmetic(
     _check_device(machine, precision.value, compiled.value)
     _check_compile(compiled.value, inputs)
     steps = measured.steps if measured is not None else ()
+    if inputs.varies:
+        steps = tuple(s for s in steps if s.compile == "off")
     updates = inputs.epochs * max(1, facts.data.num_train // measured.batch) if measured is not None else 1
     kept = matching(steps, precision, channels_last)
     best = best_execution([s for s in kept if compiled.source != "asked" or s.compile == compiled.value], updates)

@@ -20,6 +20,7 @@ from goodfit.core.random import stream, uniform
 LEAST = 32  # pixels: no input is smaller, unless imgsz is
 MOST_SCALE = 0.9  # of multi_scale, as the request admits it
 FINEST = 0.447  # side of the smallest crop, as a share of the picture's, that kept pictures are meant for: a fifth of the area
+GOLDEN = (math.sqrt(5) - 1) / 2
 _SIZE = stream("input size")
 
 
@@ -100,15 +101,14 @@ class InputSizes:
         """The size of the run whose pixels are nearest to the mean over its batches: what time is planned with."""
         return min((size for size, _ in _mix(self)), key=lambda size: abs(size**2 - self._mean_pixels))
 
-    @property
-    def typical_share(self) -> float:
-        """Pixels at the typical size over the mean of the run; the time of a step follows the number of pixels."""
-        return self.typical**2 / self._mean_pixels
+    def cost(self, size: int) -> float:
+        """Of a batch of this size, over the mean of the run: the time of a step follows the number of pixels."""
+        return size**2 / self._mean_pixels
 
-    def cost(self, epoch: int) -> float:
-        """Mean pixels of an epoch's batches over the mean of the run."""
+    def epoch_cost(self, epoch: int) -> float:
+        """The mean cost of an epoch's batches, over that of the run."""
         sizes = self.allowed(epoch, closing=self._is_closing(epoch))
-        return sum(size**2 for size in sizes) / len(sizes) / self._mean_pixels
+        return sum(map(self.cost, sizes)) / len(sizes)
 
     def kept_for(self, scale: float) -> int:
         """The input size that stored pictures must be good for: the largest, and more where `scale` zooms in further than
@@ -123,9 +123,8 @@ class InputSizes:
         return self.epochs - self.closing_epochs <= epoch < self.epochs
 
     def _evenly(self, number: int) -> int:
-        """The size at the quantile that van der Corput's sequence gives: 1/2, 1/4, 3/4, 1/8, ..."""
-        digits = f"{max(1, number):b}"
-        left = int(digits[::-1], 2) / 2 ** len(digits)
+        """The size at the quantile that multiples of the golden ratio give, which fill the range evenly (Weyl)."""
+        left = max(1, number) * GOLDEN % 1
         for size, share in _mix(self):
             left -= share
             if left < 0:

@@ -7,13 +7,14 @@ loader gives the same micro-batches with any number of worker processes.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import itertools
 import os
 import signal
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -220,6 +221,14 @@ class TrainLoader:
     def steps_per_epoch(self) -> int:
         """Updates per epoch."""
         return len(self.rows) // self.batch
+
+    def evenly(self) -> TrainLoader:
+        """For measuring: this loader with the input sizes of the whole run in an order that covers them evenly from the
+        first batch on, which is the largest."""
+        made = copy.copy(self)
+        if self.samples.sizes is not None:
+            made.samples = replace(self.samples, sizes=replace(self.samples.sizes, even=True))
+        return made
 
     def step_samples(self, epoch: int, position: int) -> npt.NDArray[np.int64]:
         """This process's samples of the update that starts after `position` samples of the epoch."""

@@ -64,4 +64,4 @@ def measure_batches_here(
     """
     held = context.device.peak_memory()
     with copied_state(model, context, build_optimizer, ema=ema) as state:
-        return list(measure_batches(state, context, group_of, sizes, memory, seconds, held))
+        return list(measure_batches(state, context, lambda num: [group_of(num)], sizes, memory, seconds, held))

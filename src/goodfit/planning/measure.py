@@ -153,13 +153,14 @@ def measure_allocator(state: TrainState, context: StepContext, group: Sequence[M
 
 
 def measure_batches(
-    state: TrainState, context: StepContext, group_of: Callable[[int], Sequence[Micro]], sizes: Sequence[int],
-    memory: int, seconds: float, held: int = 0,
+    state: TrainState, context: StepContext, groups_of: Callable[[int], Sequence[Sequence[Micro]]],
+    sizes: Sequence[int], memory: int, seconds: float, held: int = 0,
 ) -> Iterator[BatchCost]:  # fmt: skip
     """Time the step at growing batch sizes until memory, time or the gain ends.
 
     Args:
-        group_of: A batch of so many samples.
+        groups_of: Batches of so many samples: first that which takes the most memory, last the one to be timed; mostly
+            the same one, but where inputs have several sizes.
         sizes: Upwards; memory is the most that was held so far, so the order matters.
         memory: Bytes that may be taken; the first size over it is the last one tried.
         held: Bytes that the process held before anything was built.
@@ -171,13 +172,14 @@ def measure_batches(
             return
         cost = BatchCost(batch=size)
         try:
-            group = group_of(size)
-            for _ in range(WARM_STEPS):
-                timed_step(state, context, group)
+            groups = groups_of(size)
+            for group in groups:
+                for _ in range(WARM_STEPS):
+                    timed_step(state, context, group)
             began = time.monotonic()
             steps: list[float] = []
             while len(steps) < MIN_STEPS or (len(steps) < MAX_STEPS and time.monotonic() - began < SECONDS_PER_SIZE):
-                steps.append(timed_step(state, context, group))
+                steps.append(timed_step(state, context, groups[-1]))
             cost = replace(cost, seconds=statistics.median(steps), memory=max(0, context.device.peak_memory() - held))
         except RuntimeError as error:
             yield replace(cost, problem=_reason(error))
