@@ -73,7 +73,7 @@ def go(plan, index, folder, *, stop_at=None, workers=0):
 def test_a_run_of_many_sizes_resumes_exactly(prepared, tmp_path):
     plan, index = prepared
     whole, sides = go(plan, index, tmp_path / "whole")
-    steps = {step: side for step, side in sides}
+    steps = dict(sides)
     assert len(sides) == 4 * len(steps) and all(steps[step] == side for step, side in sides), "one size for each update"
     per_epoch = len(steps) // 4
     assert {s for step, s in steps.items() if step < per_epoch} == {32}

@@ -68,9 +68,9 @@ def epoch_order(
         count = len(rows) // len(classes) + (number < len(rows) % len(classes))
         first = epoch * (len(rows) // len(classes))  # go on where the last epoch ended
         cycle, offset = divmod(first, len(members))
-        for copy in range(-(-(offset + count) // len(members))):
-            again = members[permutation(len(members), _BALANCE, seed, int(target), cycle + copy)] + copy * COPY
-            made.append(again[offset if copy == 0 else 0 : offset + count - copy * len(members)])
+        for turn in range(-(-(offset + count) // len(members))):
+            again = members[permutation(len(members), _BALANCE, seed, int(target), cycle + turn)] + turn * COPY
+            made.append(again[offset if turn == 0 else 0 : offset + count - turn * len(members)])
     samples = np.concatenate(made)
     return samples[permutation(len(samples), _ORDER, seed, epoch)]
 
