@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,9 +62,7 @@ def judged(run: goodfit.Run, shares: list[float]) -> dict[tuple[str, float], flo
 
 
 def _accuracy(parts: Parts, split: str, share: float) -> float:
-    served = parts.preprocessing
-    size = round(share * served.size)
-    tried = replace(served, size=size, resize=max(size, round(served.resize * size / served.size)))
+    tried = parts.preprocessing.at(round(share * parts.preprocessing.size))
     device = DevicePolicy(kind=parts.plan.device.value, precision="fp32", channels_last=parts.plan.channels_last.value)
     loader = EvalLoader(parts.index, parts.index.rows(split), preprocessing=tried, batch=EVAL_BATCH,
                         threads=parts.plan.threads.value, collate=parts.task.collate, keep=False)  # fmt: skip

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from goodfit.api import probe_child
+from goodfit.api.probe import _write_batch
 from goodfit.config.measured import AllocatorCost, BatchCost, Measured, StepCost
 from goodfit.config.plan import Plan
 from goodfit.config.request import TrainRequest
@@ -31,6 +33,7 @@ from goodfit.engine.state import LossScale, Progress, TrainState
 from goodfit.engine.step import StepContext
 from goodfit.models.builder import ParameterGroup
 from goodfit.models.catalog import look_up
+from goodfit.outcome.utilisation import PARTS, utilisation
 from goodfit.planning.measure import measure_batches
 from goodfit.planning.pace import _steps
 from goodfit.planning.trials import check_sizes
@@ -246,6 +249,8 @@ def test_the_plan_says_and_keeps_the_sizes():
     assert "64, 96, 128, 160, 192 pixels" in plan.multi_scale.reason
     assert "from 64 pixels" in plan.progressive.reason and "after 20 of 30 epochs" in plan.progressive.reason
     assert InputSizes.of(Plan.from_dict(plan.to_dict())) == InputSizes.of(plan)
+    again = resolve(TrainRequest(), facts_of(), plan)
+    assert (again.multi_scale, again.progressive) == (plan.multi_scale, plan.progressive)
     assert plan.preprocessing == plan_of(imgsz=128, epochs=30).preprocessing, "what is served does not change"
     # Sizes end with the augmentation, also where that is off.
     assert plan_of(augment="off", imgsz=128, multi_scale=0.5).close_augment.value > 0
@@ -351,3 +356,39 @@ def test_the_pace_is_that_of_a_batch_of_mean_cost():
         plain = _steps(state, context, Loader(), 1.0, lambda _: 1.0)
         quarter = _steps(state, context, Loader(), 1.0, lambda group: (group[0].data["image"].shape[-1] / 64) ** 2)
     assert plain[:2] == (0.125, 0.125) and quarter[:2] == (0.5, 0.5)
+
+
+def test_the_probe_takes_memory_from_the_largest_and_time_from_the_typical_input(index, tmp_path, monkeypatch):
+    plan = plan_of(imgsz=64, multi_scale=0.5, progressive=0.5, epochs=30, accumulate=2)
+    sizes = InputSizes.of(plan)
+    _write_batch(tmp_path, plan, index, index.rows("train")[:6])
+    ask = {"class_names": list(index.class_names), "counts": [2, 2, 2], "num_train": 50, "sizes": [16], "memory": 10**12}
+    taken = []
+
+    def note(_state, _context, groups_of, *_):
+        taken.append([[m.data["image"].shape for m in group] for group in groups_of(8)])
+        return ()
+
+    monkeypatch.setattr(probe_child, "measure_batches", note)
+    monkeypatch.setattr(probe_child, "assemble_step", lambda *_: (None, None, None))
+    list(probe_child._sizes(plan, tmp_path, ask))
+    assert taken == [[[(4, 3, side, side)] * 2 for side in (96, sizes.typical)]] and sizes.typical < 96
+    _, group_of = probe_child._batches(plan, tmp_path, ask)
+    assert [m.data["image"].shape[-1] for m in group_of(8)] == [sizes.typical] * 2
+    one = plan_of(imgsz=64, epochs=30)
+    list(probe_child._sizes(one, tmp_path, ask))
+    assert taken[1] == [[(8, 3, 64, 64)]]
+
+
+def test_epochs_of_small_inputs_do_not_pass_for_speed():
+    """A run whose inputs grow reaches all of the bare step's rate if each epoch goes as fast as its sizes let it."""
+    plan = plan_of(imgsz=128, progressive=0.5, epochs=12)
+    sizes = InputSizes.of(plan)
+    assert sizes.epoch_cost(0) < 0.5 < 1 < sizes.epoch_cost(11)
+    parts = dict.fromkeys((f"{part}_seconds" for part in PARTS), 0.0)
+    epochs = [{**parts, "epoch": e, "seconds": 10.0, "train_seconds": 10.0, "step_seconds": 10.0,
+               "samples_per_second": 100.0 / sizes.epoch_cost(e)} for e in range(12)]  # fmt: skip
+    found = utilisation(epochs, 100.0, plan, num_cores=2)
+    assert found.share_of_bare == pytest.approx(1.0) and found.bottleneck == "step"
+    slower = [{**e, "samples_per_second": 0.5 * e["samples_per_second"]} for e in epochs]
+    assert utilisation(slower, 100.0, plan, num_cores=2).share_of_bare == pytest.approx(0.5)

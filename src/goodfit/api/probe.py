@@ -191,8 +191,8 @@ def _key(plan: Plan, index: DatasetIndex, num_train: int, machine: MachineFacts)
     versions = [metadata.version(name) for name in ("torch", "timm")]
     executed = ("precision", "channels_last", "compile")
     asked = [getattr(plan, n).value for n in executed if getattr(plan, n).source == "asked"]
-    text = json.dumps([parts, asked, inputs.largest, inputs.typical, plan.batch.source, len(index.class_names), batch_candidates(num_train),
-                       machine.device_name, machine.num_cores, versions, _loading_key(plan, index)])  # fmt: skip
+    text = json.dumps([parts, inputs.largest, inputs.typical, asked, plan.batch.source, len(index.class_names),
+                       batch_candidates(num_train), machine.device_name, machine.num_cores, versions, _loading_key(plan, index)])  # fmt: skip
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -209,8 +209,7 @@ def _write_batch(folder: Path, plan: Plan, index: DatasetIndex, rows: npt.NDArra
     """Real pictures at the largest input of the run, from which smaller ones are cut."""
     from goodfit.runtime.images import Preprocessing
 
-    served, side = Preprocessing.from_dict(plan.preprocessing.value), InputSizes.of(plan).largest
-    preprocessing = replace(served, size=side, resize=max(side, round(served.resize * side / served.size)))
+    preprocessing = Preprocessing.from_dict(plan.preprocessing.value).at(InputSizes.of(plan).largest)
     images = np.stack([preprocessing.pixels(index.file(row)).transpose(1, 2, 0) for row in rows.tolist()])
     np.savez(folder / "batch.npz", images=images, targets=index.targets[rows])
 

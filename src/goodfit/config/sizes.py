@@ -161,7 +161,7 @@ def choose_sizes(choose: Chooser, model: ModelFacts, imgsz: int, epochs: int) ->
         sizes = InputSizes(imgsz=imgsz, step=step, multi_scale=multi_scale.value).allowed(0)
         if len(sizes) == 1:
             raise _no_other("multi_scale", multi_scale.value, imgsz, step, "within that share of it", step / imgsz)
-        multi_scale = replace(multi_scale, reason=f"{multi_scale.reason}; {_some(sizes)} pixels around imgsz={imgsz}")
+        multi_scale = _explained(multi_scale, f"{_some(sizes)} pixels around imgsz={imgsz}")
     if progressive.value < 1:
         _check_takes("progressive", progressive.value, model)
         made = InputSizes(imgsz=imgsz, step=step, progressive=progressive.value, epochs=epochs)
@@ -171,9 +171,14 @@ def choose_sizes(choose: Chooser, model: ModelFacts, imgsz: int, epochs: int) ->
             raise RequestError(f"progressive={progressive.value:g} needs epochs to grow over, and epochs={epochs}.",
                                next="more epochs, or leave progressive out")  # fmt: skip
         grown = 2 * epochs // 3
-        progressive = replace(progressive, reason=f"{progressive.reason}; from {made.centre(0)} pixels in steps of {step} "
-                              f"to {imgsz}, reached after {grown} of {epochs} epochs")  # fmt: skip
+        progressive = _explained(progressive, f"from {made.centre(0)} pixels in steps of {step} to {imgsz}, reached after "
+                                 f"{grown} of {epochs} epochs")  # fmt: skip
     return {"multi_scale": multi_scale, "progressive": progressive, "size_step": size_step}
+
+
+def _explained(decision: Decision[float], what: str) -> Decision[float]:
+    """With what it means here, in place of what it meant in an earlier plan."""
+    return replace(decision, reason=f"{decision.reason.partition(';')[0]}; {what}")
 
 
 def _check_takes(name: str, value: float, model: ModelFacts) -> None:
