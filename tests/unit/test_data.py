@@ -257,7 +257,7 @@ def test_every_process_takes_its_slice():
 
 def test_augmentation_is_a_function_of_its_key():
     sizes = np.tile([60, 40], (32, 1))
-    keys = {"seed": 1, "epoch": 2, "size": 16, "resize": 16, "flip": 0.5}
+    keys = {"seed": 1, "epoch": 2, "size": 16, "share": 1.0, "flip": 0.5}
     for name in ("light", "standard", "strong"):
         whole = place(PRESETS[name], samples=np.arange(32), sizes=sizes, **keys)
         part = place(PRESETS[name], samples=np.arange(32)[5:9], sizes=sizes[5:9], **keys)
@@ -302,7 +302,7 @@ def test_boxes_move_with_the_pixels(seed):
     picture = np.zeros((120, 160, 3), np.uint8)
     picture[50:80, 70:110] = 255
     placed = place(PRESETS["standard"], seed=seed, epoch=0, samples=np.arange(8), sizes=np.tile([160, 120], (8, 1)),
-                   size=size, resize=size, flip=0.5)  # fmt: skip
+                   size=size, share=1.0, flip=0.5)  # fmt: skip
     assert 0 < placed.mirrored.sum() < 8
     operations = draw_operations("rand", seed=seed, epoch=0, samples=np.arange(8))
     for k in range(8):

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from goodfit.config.plan import Plan
+from goodfit.config.sizes import InputSizes
 from goodfit.core.errors import TrainingError
 from goodfit.core.machine import keep_freed_memory
 from goodfit.data.augment import PRESETS
@@ -101,7 +102,7 @@ def assemble(plan: Plan, index: DatasetIndex, *, workers: int | None = None) -> 
     ranks = Ranks()
     task = assemble_task(plan, index.class_names, np.bincount(index.targets[rows]))
     preprocessing = Preprocessing.from_dict(plan.preprocessing.value)
-    store = PictureStore(index, rows, imgsz=plan.imgsz.value, cache=plan.cache.value)
+    store = picture_store(plan, index, rows, cache=plan.cache.value)
     loading = plan if workers is None else plan.changed(workers=workers)
     train = train_loader(loading, train_samples(plan, index, task, store), rows, ranks)
     val_rows = index.rows("val")
@@ -126,10 +127,16 @@ def assemble(plan: Plan, index: DatasetIndex, *, workers: int | None = None) -> 
     )  # fmt: skip
 
 
+def picture_store(plan: Plan, index: DatasetIndex, rows: npt.NDArray[np.int64], *, cache: str) -> PictureStore:
+    """The decoded pictures of these rows, large enough for the largest input of the plan."""
+    return PictureStore(index, rows, imgsz=InputSizes.of(plan).kept_for(plan.scale.value), cache=cache)
+
+
 def train_samples(plan: Plan, index: DatasetIndex, task: ClassifyTask, store: PictureStore) -> TrainSamples:
     """What makes the plan's augmented samples."""
     return TrainSamples(
-        index=index, store=store, preset=replace(PRESETS[plan.augment.value], policy=plan.policy.value),
+        index=index, store=store, sizes=InputSizes.of(plan),
+        preset=replace(PRESETS[plan.augment.value].zoomed(plan.scale.value), policy=plan.policy.value),
         preprocessing=Preprocessing.from_dict(plan.preprocessing.value), flip=plan.flip.value, seed=plan.seed.value,
         collate=task.collate, shares_cores=plan.device.value == "cpu",
     )  # fmt: skip

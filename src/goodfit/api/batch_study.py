@@ -33,6 +33,7 @@ from goodfit.config.measured import Measured
 from goodfit.config.plan import Plan
 from goodfit.config.request import TrainRequest
 from goodfit.config.resolve import resolve
+from goodfit.config.sizes import InputSizes
 from goodfit.config.study import MAX_SECONDS, StudyCost, StudyDesign, design_study, judge
 from goodfit.core.errors import RequestError, StorageError, TrainingError
 from goodfit.core.journal import Journal
@@ -112,7 +113,8 @@ def _train_all(
         (size, seed) for seed in range(plan.seed.value, plan.seed.value + design.num_seeds) for size in design.sizes
     ]
     room = MEMORY_SHARE * facts.machine.free_memory
-    fits = design.num_train * facts.data.pixel_bytes_at * plan.imgsz.value**2 <= room
+    side = InputSizes.of(plan).kept_for(plan.scale.value)
+    fits = design.num_train * facts.data.pixel_bytes_at * side**2 <= room
     plans = {size: trial_plan(request, facts, size, design).changed(cache="ram" if fits else "off").to_dict()
              for size in design.sizes}  # fmt: skip
     limit = MAX_SECONDS if design.seconds is None else max(60.0, LATE * design.seconds)

@@ -80,7 +80,8 @@ def _open_segment(run: Run, parts: Parts, journal: Journal, epochs: int) -> None
     _set_aside(run.path, before["segment"])
     reason = f"extended from {done:g}"
     plan = replace(parts.plan, epochs=Decision(epochs, reason, "asked"), most_epochs=Decision(epochs, reason, "asked"),
-                   time=Decision(0.0, "spent; extended by epochs", "rule"))  # fmt: skip
+                   time=Decision(0.0, "spent; extended by epochs", "rule"),
+                   progressive=Decision(1.0, "grown to imgsz before", "rule"))  # fmt: skip
     write_json(run.path / PLAN, plan.to_dict())
     journal.segment, journal.step = progress.segment, progress.step
     journal.emit("segment", parent=place, branch=EXTENSION, reason=text, epochs=epochs)

@@ -40,6 +40,7 @@ from goodfit.config.measured import (
 )
 from goodfit.config.plan import Plan
 from goodfit.config.request import TrainRequest
+from goodfit.config.sizes import InputSizes
 from goodfit.core.errors import StorageError
 from goodfit.core.machine import num_cores
 from goodfit.core.places import cache_folder
@@ -193,11 +194,12 @@ def _key(plan: Plan, index: DatasetIndex, num_train: int, machine: MachineFacts)
              "balance", "label_smoothing", "clip", "device", "threads", "batch", "accumulate", "pretrained", "epochs",
              "deterministic")  # fmt: skip
     parts = {name: getattr(plan, name).value for name in names}
+    inputs = InputSizes.of(plan)
     versions = [metadata.version(name) for name in ("torch", "timm")]
     executed = ("precision", "channels_last", "compile")
     asked = [getattr(plan, n).value for n in executed if getattr(plan, n).source == "asked"]
-    text = json.dumps([parts, asked, plan.batch.source, len(index.class_names), batch_candidates(num_train),
-                       machine.device_name, machine.num_cores, versions, _loading_key(plan, index)])  # fmt: skip
+    text = json.dumps([parts, inputs.largest, inputs.typical, asked, plan.batch.source, len(index.class_names),
+                       batch_candidates(num_train), machine.device_name, machine.num_cores, versions, _loading_key(plan, index)])  # fmt: skip
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -211,9 +213,10 @@ def _loading_key(plan: Plan, index: DatasetIndex) -> list[Any]:
 
 
 def _write_batch(folder: Path, plan: Plan, index: DatasetIndex, rows: npt.NDArray[np.int64]) -> None:
+    """Real pictures at the largest input of the run, from which smaller ones are cut."""
     from goodfit.runtime.images import Preprocessing
 
-    preprocessing = Preprocessing.from_dict(plan.preprocessing.value)
+    preprocessing = Preprocessing.from_dict(plan.preprocessing.value).at(InputSizes.of(plan).largest)
     images = np.stack([preprocessing.pixels(index.file(row)).transpose(1, 2, 0) for row in rows.tolist()])
     np.savez(folder / "batch.npz", images=images, targets=index.targets[rows])
 

@@ -15,20 +15,28 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from goodfit.api.assemble import assemble, assemble_step, assemble_task, execution, train_loader, train_samples
+from goodfit.api.assemble import (
+    assemble,
+    assemble_step,
+    assemble_task,
+    execution,
+    picture_store,
+    train_loader,
+    train_samples,
+)
 from goodfit.config.loading import LoadCost, load_candidates
 from goodfit.config.lr_range import LrCurve
 from goodfit.config.measured import AllocatorCost, BatchCost, StepCost, best_execution
 from goodfit.config.plan import Plan
+from goodfit.config.sizes import InputSizes
 from goodfit.core.safeio import read_json
 from goodfit.data.index import read_split
 from goodfit.data.loader import MicroBatch, TrainLoader
 from goodfit.data.split import subset
-from goodfit.data.store import PictureStore
 from goodfit.engine.device import DevicePolicy, compiler_problem
 from goodfit.engine.ranks import Ranks
 from goodfit.engine.state import TrainState
@@ -100,12 +108,15 @@ def _compiling(plan: Plan, folder: Path, ask: dict[str, Any]) -> Iterator[StepCo
 
 
 def _sizes(plan: Plan, folder: Path, ask: dict[str, Any]) -> Iterator[BatchCost]:
-    """The training step at growing batch sizes."""
+    """The training step at growing batch sizes; its memory with the largest input, its time with one of mean cost."""
     held = DevicePolicy(kind=plan.device.value, precision="fp32", channels_last=False).peak_memory()
     task, group_of = _batches(plan, folder, ask)
     eager = plan.changed(compile="off")  # every size would be compiled anew
     state, context, _ = assemble_step(eager, task, _steps_per_epoch(plan, ask), Ranks())
-    yield from measure_batches(state, context, group_of, ask["sizes"], ask["memory"], MAX_SECONDS / 2, held)
+    inputs = InputSizes.of(plan)
+    sides = [inputs.largest, inputs.typical] if inputs.varies else [inputs.typical]
+    yield from measure_batches(state, context, lambda num: [group_of(num, side) for side in sides], ask["sizes"],
+                               ask["memory"], MAX_SECONDS / 2, held)  # fmt: skip
 
 
 def _loading(plan: Plan, folder: Path, ask: dict[str, Any]) -> Iterator[LoadCost]:
@@ -116,15 +127,16 @@ def _loading(plan: Plan, folder: Path, ask: dict[str, Any]) -> Iterator[LoadCost
     many = np.tile(rows[np.linspace(0, len(rows) - 1, min(len(rows), BATCHES * batch)).astype(np.int64)],
                    -(-BATCHES * batch // len(rows)))  # fmt: skip
     few = many[np.linspace(0, len(many) - 1, WARM_BATCHES * batch).astype(np.int64)]
-    warm = PictureStore(index, np.unique(few), imgsz=plan.imgsz.value, cache="ram")  # never the file of a whole cache
-    cold = PictureStore(index, rows, imgsz=plan.imgsz.value, cache="off")
+    warm = picture_store(plan, index, np.unique(few), cache="ram")  # never the file of a whole cache
+    cold = picture_store(plan, index, rows, cache="off")
     task = assemble_task(plan, ask["class_names"], np.array(ask["counts"]))
+    typical = InputSizes(imgsz=InputSizes.of(plan).typical)  # one pass is too short for all sizes
 
     def loader_of(way: LoadCost) -> TrainLoader:
         if way.cache != "off":
             warm.warm(plan.threads.value)
         used = many if way.cache == "off" else np.tile(few, BATCHES // WARM_BATCHES)
-        samples = train_samples(plan, index, task, cold if way.cache == "off" else warm)
+        samples = replace(train_samples(plan, index, task, cold if way.cache == "off" else warm), sizes=typical)
         return train_loader(plan.changed(workers=way.workers, prefetch=way.prefetch), samples, used, Ranks())
 
     steps = _steps_per_epoch(plan, ask)
@@ -137,7 +149,8 @@ def _loading(plan: Plan, folder: Path, ask: dict[str, Any]) -> Iterator[LoadCost
 
 
 def _lr(plan: Plan, folder: Path, ask: dict[str, Any]) -> Iterator[LrCurve]:
-    """The range test on the run's own augmented batches."""
+    """The range test on the run's own augmented batches, as they are once progressive resizing has come to its end."""
+    plan = plan.changed(progressive=1.0)
     index = read_split(folder / "split.csv", Path(ask["root"]))
     parts = assemble(plan.changed(cache="ram", ema=False), index, workers=0)
     often = STEPS * parts.train.batch >= len(parts.train.rows)  # else no picture is seen twice
@@ -153,18 +166,21 @@ ANSWERS: dict[str, Callable[[Plan, Path, dict[str, Any]], Iterator[Any]]] = {
 }  # fmt: skip
 
 
-def _batches(
-    plan: Plan, folder: Path, ask: dict[str, Any]
-) -> tuple[ClassifyTask, Callable[[int], Sequence[MicroBatch]]]:
-    """The plan's task, and what makes a batch of any size of the few real pictures."""
+class _GroupOf(Protocol):
+    def __call__(self, num: int, side: int = ...) -> Sequence[MicroBatch]: ...
+
+
+def _batches(plan: Plan, folder: Path, ask: dict[str, Any]) -> tuple[ClassifyTask, _GroupOf]:
+    """The plan's task, and what makes a batch of so many of the few real pictures; of the run's typical size, or cut to
+    another one."""
     with np.load(folder / "batch.npz") as stored:  # arrays of numbers only: allow_pickle is off
         images, targets = stored["images"], stored["targets"]
     task = assemble_task(plan, ask["class_names"], np.array(ask["counts"]))
 
-    def group_of(size: int) -> Sequence[MicroBatch]:
-        rows = np.arange(size) % len(targets)
-        parts = np.array_split(rows, plan.accumulate.value)
-        return [MicroBatch(part, task.collate(images[part].transpose(0, 3, 1, 2), targets[part])) for part in parts]
+    def group_of(num: int, side: int = InputSizes.of(plan).typical) -> Sequence[MicroBatch]:
+        parts = np.array_split(np.arange(num) % len(targets), plan.accumulate.value)
+        cut = images[:, :side, :side]
+        return [MicroBatch(part, task.collate(cut[part].transpose(0, 3, 1, 2), targets[part])) for part in parts]
 
     return task, group_of
 

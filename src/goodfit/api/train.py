@@ -21,6 +21,7 @@ from goodfit.api.verdict import disk_stage, projection_stage, time_budget, time_
 from goodfit.config.parse import read_request
 from goodfit.config.plan import Decision, Plan
 from goodfit.config.request import TrainRequest, options
+from goodfit.config.sizes import InputSizes
 from goodfit.core.errors import DataError, ExportError, GoodfitError, Stopped, StorageError
 from goodfit.core.journal import Journal, read_lines
 from goodfit.core.lock import run_lock
@@ -153,8 +154,10 @@ def rehearsal_stage(parts: Parts, journal: Journal, folder: Path | None = None) 
                 error.where = _write_checks(folder, error.checks)
                 raise
         _write_checks(folder, found.checks)
-        note.text = f"{found.describe()} · {found.bare_rate:,.0f} img/s bare step"
-        note.fields = {"bare_rate": found.bare_rate, "checks": [check.to_dict() for check in found.checks]}
+        sizes = InputSizes.of(parts.plan)
+        rate = found.bare_rate * sizes.cost(sizes.typical)  # of a batch of mean cost
+        note.text = f"{found.describe()} · {rate:,.0f} img/s bare step{' over all input sizes' if sizes.varies else ''}"
+        note.fields = {"bare_rate": rate, "checks": [check.to_dict() for check in found.checks]}
 
 
 def _write_checks(folder: Path | None, checks: Sequence[Check]) -> str:
@@ -169,13 +172,15 @@ def _write_checks(folder: Path | None, checks: Sequence[Check]) -> str:
 def rehearsal_material(parts: Parts) -> Material:
     """The samples that the rehearsal looks at; loading stops after two seconds, with one batch at least."""
     start = time.monotonic()
+    sizes, num_micro = InputSizes.of(parts.plan), parts.state.progress.num_micro
     batches: list[Sequence[Micro]] = []
     for number in range(min(NUM_BATCHES, parts.train.steps_per_epoch)):
         if batches and time.monotonic() - start > LOADING_SECONDS:
             break
-        batches.append(parts.train.group(0, number * parts.train.batch, parts.state.progress.num_micro))
+        batches.append(parts.train.group(0, number * parts.train.batch, num_micro, size=sizes.typical))
+    extremes = [parts.train.group(0, 0, num_micro, size=s) for s in (sizes.smallest, sizes.largest) if sizes.varies]
     (served,) = parts.eval_loader(row_of(batches[0][0].samples)[:NUM_SERVED])
-    return Material(few=parts.few_samples(), batches=batches, served=served)
+    return Material(few=parts.few_samples(), batches=batches, served=served, extremes=extremes)
 
 
 def export_problem(parts: Parts, model: nn.Module) -> str:

@@ -10,6 +10,7 @@ from goodfit.api.assemble import Parts
 from goodfit.api.folder import Run
 from goodfit.api.prepare import stage
 from goodfit.config.plan import Plan
+from goodfit.config.sizes import InputSizes
 from goodfit.core.history import bare_rate
 from goodfit.core.journal import Journal
 from goodfit.core.machine import num_cores
@@ -64,6 +65,8 @@ def projection_stage(run: Run, parts: Parts, journal: Journal) -> None:
         with stage(journal, "pace") as note:
             pace = _pace(run, parts, bare_rate(events))
             note.text = pace.describe() if pace is not None else "unknown: memory ran out beside the rehearsal's"
+            if pace is not None and (sizes := InputSizes.of(parts.plan)).varies:
+                note.text += f"; with inputs of {sizes.smallest} to {sizes.largest} pixels, at their mean cost"
             note.fields = None if pace is None else {"pace": pace.to_dict()}
     made = project_run(parts, pace)
     free = free_bytes(run.path)
@@ -82,9 +85,11 @@ def _length_note(plan: Plan) -> str:
 
 def _pace(run: Run, parts: Parts, rate: float) -> Pace | None:
     """The run's pace; None where its copies found no room: training itself, which needs less, deals with that."""
+    sizes = InputSizes.of(parts.plan)
     try:
-        return measure_pace(parts.state, parts.context, parts.train, parts.val, folder=run.path, bare_rate=rate,
-                            compiled=parts.plan.compile.value)  # fmt: skip
+        return measure_pace(parts.state, parts.context, parts.train.evenly(), parts.val, folder=run.path, bare_rate=rate,
+                            compiled=parts.plan.compile.value,
+                            cost=lambda group: sizes.cost(group[0].data["image"].shape[-1]))  # fmt: skip
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

@@ -21,6 +21,7 @@ from goodfit.config.measured import (
     explain_execution,
 )
 from goodfit.config.plan import Decision, Plan
+from goodfit.config.sizes import InputSizes
 from goodfit.config.study import choose_studied
 from goodfit.core.errors import RequestError
 
@@ -100,14 +101,17 @@ def _check_batch(batch: Decision[int], accumulate: Decision[int], data: DataFact
         )
 
 
-def _cache(choose: Chooser, facts: Facts, imgsz: int, epochs: int) -> Decision[str]:
+def _cache(choose: Chooser, facts: Facts, side: int, epochs: int) -> Decision[str]:
     """Where decoded training pictures are kept, by what decoding costs and where there is room.
 
     Memory, if decoding all of them again at the next run costs little; else the disk, where the next run finds them.
+
+    Args:
+        side: Input size that they are kept for, pixels.
     """
     data, machine = facts.data, facts.machine
     largest = 3.0 * data.median_side**2  # pictures are kept reduced, never enlarged
-    size = data.num_train * min(data.pixel_bytes_at * imgsz**2, largest)
+    size = data.num_train * min(data.pixel_bytes_at * side**2, largest)
     seconds = data.num_train * data.decode_seconds / machine.num_cores
     in_memory, on_disk = size <= 0.25 * machine.free_memory, size <= 0.25 * machine.free_disk
     if epochs == 1:
@@ -124,10 +128,15 @@ def _cache(choose: Chooser, facts: Facts, imgsz: int, epochs: int) -> Decision[s
     return Decision(decision.value, decision.reason, "measured") if decision.source == "rule" else decision
 
 
-def choose_execution(choose: Chooser, facts: Facts, imgsz: int, epochs: int) -> dict[str, Any]:
-    """Precision, memory format, device, threads, cache and loader processes, by their names in the plan."""
+def choose_execution(choose: Chooser, facts: Facts, inputs: InputSizes, scale: float) -> dict[str, Any]:
+    """Precision, memory format, device, threads, cache and loader processes, by their names in the plan.
+
+    Args:
+        inputs: The sizes of training.
+        scale: The zoom of the augmentation, for which pictures keep more detail.
+    """
     machine = facts.machine
-    precision, channels_last, compiled = _arithmetic(choose, facts, epochs)
+    precision, channels_last, compiled = _arithmetic(choose, facts, inputs)
     return {
         "precision": precision,
         "channels_last": channels_last,
@@ -135,7 +144,7 @@ def choose_execution(choose: Chooser, facts: Facts, imgsz: int, epochs: int) -> 
         "allocator": _allocator(choose, machine, facts.measured),
         "device": Decision(machine.device, machine.device_reason, "asked" if choose.request.device else "rule"),
         "threads": choose("threads", machine.num_cores, f"{machine.num_cores} cores"),
-        **_loading(choose, facts, _cache(choose, facts, imgsz, epochs)),
+        **_loading(choose, facts, _cache(choose, facts, inputs.kept_for(scale), inputs.epochs)),
     }  # fmt: skip
 
 
@@ -180,7 +189,9 @@ def _allocator(choose: Chooser, machine: MachineFacts, measured: Measured | None
     return choose("allocator", "keep" if keep else "system", text, "measured")
 
 
-def _arithmetic(choose: Chooser, facts: Facts, epochs: int) -> tuple[Decision[str], Decision[bool], Decision[str]]:
+def _arithmetic(
+    choose: Chooser, facts: Facts, inputs: InputSizes
+) -> tuple[Decision[str], Decision[bool], Decision[str]]:
     """Precision, memory format and compiling: what takes the least time in this run and agrees with fp32, where it was
     measured; else what usually does.
 
@@ -197,12 +208,14 @@ def _arithmetic(choose: Chooser, facts: Facts, epochs: int) -> tuple[Decision[st
     last = machine.device != "mps"
     precision = choose("precision", *usual)
     channels_last = choose("channels_last", last, "faster convolutions" if last else "slower on this device")
-    compiled = choose(
-        "compile", "off", "compiling takes time at the start of every run: not measured where that is short"
-    )
+    compiled = choose("compile", "off", "compiling takes time at the start of every run: not measured where that is short"
+                      if not inputs.varies else "inputs of several sizes would each be compiled anew")  # fmt: skip
     _check_device(machine, precision.value, compiled.value)
+    _check_compile(compiled.value, inputs)
     steps = measured.steps if measured is not None else ()
-    updates = epochs * max(1, facts.data.num_train // measured.batch) if measured is not None else 1
+    if inputs.varies:
+        steps = tuple(s for s in steps if s.compile == "off")
+    updates = inputs.epochs * max(1, facts.data.num_train // measured.batch) if measured is not None else 1
     kept = matching(steps, precision, channels_last)
     best = best_execution([s for s in kept if compiled.source != "asked" or s.compile == compiled.value], updates)
     best = best or best_execution([s for s in kept if s.compile == "off"], updates)  # the asked compiling did not work
@@ -232,6 +245,15 @@ def _check_device(machine: MachineFacts, precision: str, compiled: str) -> None:
         )
 
 
+def _check_compile(compiled: str, inputs: InputSizes) -> None:
+    if compiled != "off" and inputs.varies:
+        raise RequestError(
+            f"compile={compiled} makes a kernel for every input size, and multi_scale= or progressive= give the run "
+            f"sizes from {inputs.smallest} to {inputs.largest} pixels: each would take as long to compile as the first.",
+            where="compile=", next="use compile=off, or one size: multi_scale=0 and progressive=1",
+        )  # fmt: skip
+
+
 def pays_to_compile(seconds: float) -> bool:
     """Whether compiling may pay in a run of so many seconds: half an hour or more.
 
@@ -255,6 +277,8 @@ def modes_to_try(plan: Plan, machine: MachineFacts, projected: float) -> list[st
     """The modes of torch.compile to measure, on the best eager way: the one that was asked for, so that its cost can be
     said; else all, if a run of so many seconds is long enough for a gain to pay. Timings never decide on compiling,
     which changes the arithmetic, where a run must repeat."""
+    if InputSizes.of(plan).varies:  # each size would be compiled anew
+        return []
     if plan.compile.source == "asked":
         return [plan.compile.value] if plan.compile.value != "off" else []
     if plan.deterministic.value or not pays_to_compile(projected):

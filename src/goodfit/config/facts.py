@@ -60,6 +60,7 @@ class ModelFacts:
     licence: str
     has_drop_path: bool
     has_attention: bool = False
+    size_step: int = 32  # between two sides that training may vary over, pixels; 0 if it takes one size only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ Source = Literal["asked", "rule", "measured"]
 ADDED: dict[str, Any] = {  # decisions that plans of earlier versions lack, and what was done then
     "compile": "off", "allocator": "keep", "prefetch": 2, "latency": 0.0, "latency_threads": 1, "most_epochs": 0, "time": 0.0,
     "layer_decay": 1.0, "freeze": "", "unfreeze": "never", "decay": 0.2, "milestones": [], "period": 0.0, "gamma": 0.1,
-    "clip_value": 0.0, "swa": 0.0, "scale": 0.0, "multi_scale": 0.0, "progressive": 1.0,
+    "clip_value": 0.0, "swa": 0.0, "scale": 0.0, "multi_scale": 0.0, "progressive": 1.0, "size_step": 32,
 }  # fmt: skip
 T_co = TypeVar("T_co", covariant=True)
 
@@ -83,6 +83,7 @@ class Plan:
     scale: Decision[float]  # zoom in place of the preset's; 0 keeps that
     multi_scale: Decision[float]
     progressive: Decision[float]  # share of imgsz at the start; 1 is off
+    size_step: Decision[int]  # between two sizes, pixels; 0: the network takes one only
     policy: Decision[str]
     erase: Decision[float]
     close_augment: Decision[float]

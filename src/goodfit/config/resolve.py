@@ -17,6 +17,7 @@ from goodfit.config.measured import Measured
 from goodfit.config.plan import Decision, Plan
 from goodfit.config.recipe import choose_recipe
 from goodfit.config.request import TrainRequest
+from goodfit.config.sizes import InputSizes, choose_sizes
 from goodfit.core.errors import RequestError
 
 SMALL_SIDE = 64  # pixels: below this, pictures share little with the photos that weights were trained on
@@ -101,6 +102,11 @@ def resolve(request: TrainRequest, facts: Facts, base: Plan | None = None) -> Pl
         imgsz = Decision(facts.fitted.chosen.imgsz, facts.fitted.reason, "measured")
     batch, accumulate = choose_batch(choose, facts)
     recipe = choose_recipe(choose, facts, batch.value)
+    epochs = recipe["epochs"].value
+    sizes = choose_sizes(choose, model, imgsz.value, epochs)
+    inputs = InputSizes(imgsz=imgsz.value, epochs=epochs, step=sizes["size_step"].value,
+                        multi_scale=sizes["multi_scale"].value, progressive=sizes["progressive"].value)  # fmt: skip
+    regularisation = _regularisation(choose, data, model, pretrained, varies=inputs.varies)
     return Plan(
         **_data_decisions(request, data, base),
         **_model_decisions(request, facts, base),
@@ -109,9 +115,10 @@ def resolve(request: TrainRequest, facts: Facts, base: Plan | None = None) -> Pl
         batch=batch,
         accumulate=accumulate,
         **recipe,
-        **_regularisation(choose, data, model, pretrained),
+        **regularisation,
+        **sizes,
         **_balance(choose, data),
-        **choose_execution(choose, facts, imgsz.value, recipe["epochs"].value),
+        **choose_execution(choose, facts, inputs, regularisation["scale"].value),
         latency=_latency(choose, facts),
         latency_threads=choose("latency_threads", machine.num_cores, f"{machine.num_cores} cores here"),
         seed=choose("seed", 0, "fixed, so that the run can be repeated"),
@@ -207,7 +214,9 @@ def _preprocessing(imgsz: int, model: ModelFacts, pretrained: bool) -> Decision[
     return Decision(value, reason, "rule")
 
 
-def _regularisation(choose: Chooser, data: DataFacts, model: ModelFacts, pretrained: bool) -> dict[str, Any]:
+def _regularisation(
+    choose: Chooser, data: DataFacts, model: ModelFacts, pretrained: bool, *, varies: bool
+) -> dict[str, Any]:
     small = data.median_side <= SMALL_SIDE
     augment = choose(
         "augment",
@@ -234,32 +243,26 @@ def _regularisation(choose: Chooser, data: DataFacts, model: ModelFacts, pretrai
         "drop_path": drop_path,
         "augment": augment,
         "flip": flip,
-        **_policies(choose, augment.value),
+        **_policies(choose, augment.value, varies=varies),
     }  # fmt: skip
 
 
-def _policies(choose: Chooser, augment: str) -> dict[str, Any]:
+def _policies(choose: Chooser, augment: str, *, varies: bool) -> dict[str, Any]:
+    """`varies`: whether batches have several sizes, which end with the rest."""
     strong = augment == "strong"
     why = "part of the strong preset" if strong else "helps only long training"
     scale = choose("scale", 0.0, "as the preset")
-    multi_scale = choose("multi_scale", 0.0, "every batch at the size that will be served")
-    progressive = choose("progressive", 1.0, "the whole run at the size that will be served")
+    if scale.value > 0 and augment == "off":
+        raise RequestError(f"scale={scale.value:g} is the zoom of the augmentation, and augment=off has none.",
+                           where="scale=", next="use augment=light, or leave scale out")  # fmt: skip
     policy = choose("policy", "trivial" if strong else "off", why)
     erase = choose("erase", 0.25 if strong else 0.0, why)
     mixup, cutmix = choose("mixup", 0.2 if strong else 0.0, why), choose("cutmix", 1.0 if strong else 0.0, why)
-    distorts = augment != "off" or policy.value != "off" or erase.value + mixup.value + cutmix.value > 0
+    mixes = erase.value + mixup.value + cutmix.value > 0
+    distorts = augment != "off" or policy.value != "off" or mixes or varies
     close = choose("close_augment", CLOSE_AUGMENT if distorts else 0.0,
                    "the last tenth of the epochs on pictures as they will be served" if distorts else "nothing to switch off")  # fmt: skip
-    return {
-        "scale": scale,
-        "multi_scale": multi_scale,
-        "progressive": progressive,
-        "policy": policy,
-        "erase": erase,
-        "mixup": mixup,
-        "cutmix": cutmix,
-        "close_augment": close,
-    }
+    return {"scale": scale, "policy": policy, "erase": erase, "mixup": mixup, "cutmix": cutmix, "close_augment": close}
 
 
 def _balance(choose: Chooser, data: DataFacts) -> dict[str, Any]:

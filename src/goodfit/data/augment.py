@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,15 @@ class AugmentPreset:
     colour: float = 0.0
     policy: str = "off"
     erase: float = 0.0
+
+    def zoomed(self, scale: float) -> AugmentPreset:
+        """With another zoom, where `scale` is not 0: the side of a random crop is at least 1 - scale of the largest
+        possible one, the centre square is scaled by 1 ± scale."""
+        if scale == 0:
+            return self
+        if self.area is not None:
+            return replace(self, area=((1 - scale) ** 2, self.area[1]))
+        return replace(self, zoom=scale)
 
     def closing(self) -> AugmentPreset:
         """What is left of the preset at the end of a run, when the model settles on undistorted pictures: small moves."""
@@ -89,7 +98,7 @@ class Placement:
 
 def place(
     preset: AugmentPreset, *, seed: int, epoch: int, samples: npt.NDArray[np.int64], sizes: npt.NDArray[np.integer],
-    size: int, resize: int, flip: float,
+    size: int, share: float, flip: float,
 ) -> Placement:  # fmt: skip
     """Draw which part of each picture becomes the input, and whether it is mirrored.
 
@@ -97,10 +106,11 @@ def place(
         preset: How strongly.
         samples: Row of each sample in the index, shape (N,).
         sizes: Width and height of each picture, pixels, shape (N, 2).
-        size, resize: As in Preprocessing, for presets that start from the centre square.
+        size: Side of the input, pixels; the boxes do not depend on it.
+        share: Side of the centre square over the picture's shorter side, for presets that start from that square.
         flip: Probability of a mirror image.
     """
-    boxes = _crop_boxes(preset, seed, epoch, samples, sizes, size / resize)
+    boxes = _crop_boxes(preset, seed, epoch, samples, sizes, share)
     low = np.rint(boxes[:, :2]).astype(np.int64)
     high = np.maximum(low + 1, np.rint(boxes[:, 2:]).astype(np.int64))
     return Placement(np.concatenate([low, high], axis=1), uniform(_FLIP, seed, epoch, samples) < flip, size)

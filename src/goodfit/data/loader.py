@@ -7,13 +7,14 @@ loader gives the same micro-batches with any number of worker processes.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import itertools
 import os
 import signal
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ import numpy.typing as npt
 import torch
 import torch.utils.data
 
+from goodfit.config.sizes import InputSizes
 from goodfit.core.random import permutation, stream
 from goodfit.data.augment import AugmentPreset, Placement, crop, fit_into, mirror_into, place
 from goodfit.data.index import DatasetIndex
@@ -34,6 +36,7 @@ _BALANCE = stream("balance")
 COPY = 1 << 40  # a sample is row + COPY * (how often it came before in this epoch): each copy is augmented by itself
 
 Collate = Callable[[npt.NDArray[np.uint8], npt.NDArray[np.int64]], Any]  # images (N, 3, S, S), targets
+Chunk = tuple[npt.NDArray[np.int64], int]  # the samples of a micro-batch, and the side of its input
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +68,9 @@ def epoch_order(
         count = len(rows) // len(classes) + (number < len(rows) % len(classes))
         first = epoch * (len(rows) // len(classes))  # go on where the last epoch ended
         cycle, offset = divmod(first, len(members))
-        for copy in range(-(-(offset + count) // len(members))):
-            again = members[permutation(len(members), _BALANCE, seed, int(target), cycle + copy)] + copy * COPY
-            made.append(again[offset if copy == 0 else 0 : offset + count - copy * len(members)])
+        for turn in range(-(-(offset + count) // len(members))):
+            again = members[permutation(len(members), _BALANCE, seed, int(target), cycle + turn)] + turn * COPY
+            made.append(again[offset if turn == 0 else 0 : offset + count - turn * len(members)])
     samples = np.concatenate(made)
     return samples[permutation(len(samples), _ORDER, seed, epoch)]
 
@@ -133,6 +136,7 @@ class TrainSamples:
     """Makes augmented samples of any epoch: the map-style dataset behind the loader, without state of its own.
 
     Attributes:
+        sizes: The side of each batch's input; None makes all of them as the preprocessing says.
         shares_cores: The model computes on the same cores. Cutting 32 pictures between two training steps then takes 2.4
             to 2.8 ms on two threads and 2.3 on one: after each torch operation its idle thread spins on the other core.
     """
@@ -144,12 +148,24 @@ class TrainSamples:
     flip: float
     seed: int
     collate: Collate
+    sizes: InputSizes | None = None
     shares_cores: bool = False
 
+    def size_of(self, epoch: int, number: int, *, closing: bool = False) -> int:
+        """Side of the input of an epoch's batch of this number, pixels: a function of these and the seed."""
+        if self.sizes is None:
+            return self.preprocessing.size
+        return self.sizes.draw(seed=self.seed, epoch=epoch, number=number, closing=closing)
+
     def micro_batch(
-        self, epoch: int, samples: npt.NDArray[np.int64], *, closing: bool = False, threads: int = 1
-    ) -> MicroBatch:
-        """The collated, augmented samples of an epoch; with its mild form while `closing`, at the end of a run."""
+        self, epoch: int, samples: npt.NDArray[np.int64], *, size: int | None = None, closing: bool = False,
+        threads: int = 1,
+    ) -> MicroBatch:  # fmt: skip
+        """The collated, augmented samples of an epoch; with its mild form while `closing`, at the end of a run.
+
+        Args:
+            size: Side of the input, pixels; None is that of the preprocessing.
+        """
         preset = self.preset.closing() if closing else self.preset
         rows = row_of(samples)
         if threads > 1 and not self.store.is_warm:  # decoding is worth a thread, reading the cache is not
@@ -157,9 +173,10 @@ class TrainSamples:
         else:
             pictures = [self.store.get(row) for row in rows.tolist()]
         sizes = np.array([(p.shape[1], p.shape[0]) for p in pictures], np.int64)
-        size = self.preprocessing.size
+        served = self.preprocessing
+        size = served.size if size is None else size
         placed = place(preset, seed=self.seed, epoch=epoch, samples=samples, sizes=sizes, size=size,
-                       resize=self.preprocessing.resize, flip=self.flip)  # fmt: skip
+                       share=served.size / served.resize, flip=self.flip)  # fmt: skip
         made = np.empty((len(samples), size, size, 3), np.uint8)
         with _own_threads():
             _cut_all(pictures, placed, made, 1 if self.shares_cores else threads)
@@ -205,24 +222,36 @@ class TrainLoader:
         """Updates per epoch."""
         return len(self.rows) // self.batch
 
+    def evenly(self) -> TrainLoader:
+        """For measuring: this loader with the input sizes of the whole run in an order that covers them evenly from the
+        first batch on, which is the largest."""
+        made = copy.copy(self)
+        if self.samples.sizes is not None:
+            made.samples = replace(self.samples, sizes=replace(self.samples.sizes, even=True))
+        return made
+
     def step_samples(self, epoch: int, position: int) -> npt.NDArray[np.int64]:
         """This process's samples of the update that starts after `position` samples of the epoch."""
         return self._order(epoch)[position : position + self.batch][self.rank :: self.size]
 
-    def group(self, epoch: int, position: int, num_micro: int) -> list[MicroBatch]:
-        """The micro-batches of one update, made here and now."""
+    def group(self, epoch: int, position: int, num_micro: int, *, size: int | None = None) -> list[MicroBatch]:
+        """The micro-batches of one update, made here and now; at another input size than the run's, if one is given."""
+        size = size or self.samples.size_of(epoch, position // self.batch)
         chunks = np.array_split(self.step_samples(epoch, position), num_micro)
-        return [self.samples.micro_batch(epoch, chunk, threads=self.threads) for chunk in chunks if len(chunk)]
+        made = (self.samples.micro_batch(epoch, chunk, size=size, threads=self.threads) for chunk in chunks if len(chunk))
+        return list(made)
 
     def groups(
         self, epoch: int, position: int, num_micro: int, *, closing: bool = False
     ) -> Generator[list[MicroBatch]]:
-        """The micro-batches of every update left in an epoch, from `position` samples on."""
+        """The micro-batches of every update left in an epoch, from `position` samples on; those of one update have one
+        input size, which the number of the update in the epoch gives."""
         order = self._order(epoch)
         starts = range(position, self.steps_per_epoch * self.batch, self.batch)
+        sizes = [self.samples.size_of(epoch, s // self.batch, closing=closing) for s in starts]
         chunks = [
-            [c for c in np.array_split(order[s : s + self.batch][self.rank :: self.size], num_micro) if len(c)]
-            for s in starts
+            [(c, size) for c in np.array_split(order[s : s + self.batch][self.rank :: self.size], num_micro) if len(c)]
+            for s, size in zip(starts, sizes, strict=True)
         ]
         made = self._make(epoch, [chunk for group in chunks for chunk in group], closing)
         for group in chunks:
@@ -231,10 +260,10 @@ class TrainLoader:
     def _order(self, epoch: int) -> npt.NDArray[np.int64]:
         return epoch_order(self.rows, seed=self.samples.seed, epoch=epoch, targets=self._targets)
 
-    def _make(self, epoch: int, chunks: list[npt.NDArray[np.int64]], closing: bool) -> Iterator[MicroBatch]:
+    def _make(self, epoch: int, chunks: list[Chunk], closing: bool) -> Iterator[MicroBatch]:
         if self.workers == 0 or not chunks:
-            for chunk in chunks:
-                yield self.samples.micro_batch(epoch, chunk, closing=closing, threads=self.threads)
+            for chunk, size in chunks:
+                yield self.samples.micro_batch(epoch, chunk, size=size, closing=closing, threads=self.threads)
             return
         yield from torch.utils.data.DataLoader(
             _EpochChunks(self.samples, epoch, chunks, closing),
@@ -257,14 +286,15 @@ class _EpochChunks:
 
     samples: TrainSamples
     epoch: int
-    chunks: list[npt.NDArray[np.int64]]
+    chunks: list[Chunk]
     closing: bool
 
     def __len__(self) -> int:
         return len(self.chunks)
 
     def __getitem__(self, number: int) -> MicroBatch:
-        return self.samples.micro_batch(self.epoch, self.chunks[number], closing=self.closing)
+        chunk, size = self.chunks[number]
+        return self.samples.micro_batch(self.epoch, chunk, size=size, closing=self.closing)
 
 
 class EvalLoader:

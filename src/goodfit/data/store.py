@@ -34,7 +34,7 @@ class PictureStore:
     Args:
         index: The dataset; its `sizes` say how large each picture will be.
         rows: The rows to keep; others are decoded at every use.
-        imgsz: Side of the model input, pixels.
+        imgsz: Side of the largest model input that they must be good for, pixels.
         cache: "ram" keeps them in memory that loader processes share; "disk" in one file that is mapped, and shared
             by processes and by runs on the same pictures at the same size; "off" decodes at every use.
     """

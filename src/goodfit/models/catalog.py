@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import socket
 from pathlib import Path
@@ -135,7 +136,15 @@ def _facts(name: str, config: dict[str, Any], weights: str, kind: str, problem: 
         licence=_licence(config, kind),
         has_drop_path=_takes(name, "drop_path_rate"),
         has_attention=any("Attention" in type(module).__name__ for module in network.modules()),
+        size_step=0 if fixed else _size_step(network, stride),
     )
+
+
+def _size_step(network: Any, stride: int) -> int:
+    """A step between input sides in which the network's last map grows by whole pixels: its own reduction, 32 at least."""
+    levels = getattr(network, "feature_info", None) or ()
+    reductions = [int(level["reduction"]) for level in levels if isinstance(level, dict) and "reduction" in level]
+    return math.lcm(stride, max([32, *reductions]))
 
 
 def _licence(config: dict[str, Any], kind: str) -> str:

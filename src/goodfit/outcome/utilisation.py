@@ -9,6 +9,7 @@ from typing import Any
 
 from goodfit.config.loading import WORTHWHILE, LoadCost, best_loading
 from goodfit.config.plan import Plan
+from goodfit.config.sizes import InputSizes
 from goodfit.core.journal import Event
 
 PARTS = ("step", "data", "validation", "saving", "host", "other")
@@ -67,13 +68,15 @@ def utilisation(
     whole = max(whole, 1e-9)
     shares = {part: value / whole for part, value in seconds.items()}
     later = epochs[1:] or epochs
-    rates = [float(e["samples_per_second"]) for e in later if e["samples_per_second"] > 0]
+    sizes = InputSizes.of(plan)
+    costs = [sizes.epoch_cost(int(e["epoch"])) if sizes.varies else 1.0 for e in later]  # of a sample, by its pixels
+    rates = [float(e["samples_per_second"]) * c for e, c in zip(later, costs, strict=True) if e["samples_per_second"] > 0]
     reached = statistics.median(rates) / bare_rate if rates and bare_rate > 0 else None
     held = {part: share for part, share in shares.items() if part != "step"}
     if plan.device.value != "cpu" and reached is not None:  # such a device works on while the host waits or keeps books
         training = sum(float(e["train_seconds"]) for e in epochs) / whole
         held.update({part: min(held[part], max(0.0, 1 - reached) * training) for part in ("data", "host")})
-    pace = _pace(later, bare_rate)
+    pace = _pace(later, costs, bare_rate)
     largest = max(held, key=lambda part: held[part])
     if pace < CROWDED and (1 - pace) * shares["step"] > held[largest]:
         bottleneck, lever = "crowding", _crowding(pace, plan)
@@ -85,10 +88,12 @@ def utilisation(
                    None if reached is None else round(reached, 4), bottleneck, lever)  # fmt: skip
 
 
-def _pace(epochs: Sequence[Event], bare_rate: float) -> float:
+def _pace(epochs: Sequence[Event], costs: Sequence[float], bare_rate: float) -> float:
     """Rate of the steps alone over that of the bare step, at most 1; 1 where nothing was rehearsed."""
     paces = [
-        e["samples_per_second"] * e["train_seconds"] / e["step_seconds"] for e in epochs if e["step_seconds"] > 0
+        e["samples_per_second"] * c * e["train_seconds"] / e["step_seconds"]
+        for e, c in zip(epochs, costs, strict=True)
+        if e["step_seconds"] > 0
     ]  # samples of this part of the epoch, over the seconds of its steps
     return min(1.0, statistics.median(paces) / bare_rate) if paces and bare_rate > 0 else 1.0
 

@@ -64,4 +64,5 @@ def measure_batches_here(
     """
     held = context.device.peak_memory()
     with copied_state(model, context, build_optimizer, ema=ema) as state:
-        return list(latest(measure_batches(state, context, group_of, sizes, memory, seconds, held)))
+        made = measure_batches(state, context, lambda num: [group_of(num)], sizes, memory, seconds, held)
+        return list(latest(made))

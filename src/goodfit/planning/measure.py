@@ -156,35 +156,37 @@ def measure_allocator(state: TrainState, context: StepContext, group: Sequence[M
 
 
 def measure_batches(
-    state: TrainState, context: StepContext, group_of: Callable[[int], Sequence[Micro]], sizes: Sequence[int],
-    memory: int, seconds: float, held: int = 0,
+    state: TrainState, context: StepContext, groups_of: Callable[[int], Sequence[Sequence[Micro]]],
+    sizes: Sequence[int], memory: int, seconds: float, held: int = 0,
 ) -> Iterator[BatchCost]:  # fmt: skip
     """Time the step at growing batch sizes until memory, time or the gain ends; then those near the best once more, in
     turn, which are yielded again: one after the other, 16 read 9 % faster than 32 here and was 7 % slower.
 
     Args:
-        group_of: A batch of so many samples.
+        groups_of: Batches of so many samples: first that which takes the most memory, last the one to be timed; mostly
+            the same one, but where inputs have several sizes.
         sizes: Upwards; memory is the most that was held so far, so the order matters.
         memory: Bytes that may be taken; the first size over it is the last one tried.
         held: Bytes that the process held before anything was built.
         seconds: After this many no further size is begun.
     """
     found: list[BatchCost] = []
-    for cost in _upwards(state, context, group_of, sizes, memory, seconds, held):
+    for cost in _upwards(state, context, groups_of, sizes, memory, seconds, held):
         found.append(cost)
         yield cost
     fitting = [cost for cost in found if not cost.problem and cost.memory <= memory]
     best = max((cost.rate for cost in fitting), default=0.0)
     near = [cost for cost in fitting if cost.rate >= NEAR * best]
     if len(near) > 1:
-        yield from _in_turn(state, context, group_of, near)
+        yield from _in_turn(state, context, groups_of, near)
 
 
 def _in_turn(
-    state: TrainState, context: StepContext, group_of: Callable[[int], Sequence[Micro]], costs: Sequence[BatchCost]
+    state: TrainState, context: StepContext, groups_of: Callable[[int], Sequence[Sequence[Micro]]],
+    costs: Sequence[BatchCost],
 ) -> Iterator[BatchCost]:
     """The same sizes with seconds that compare: medians over rounds of one step of each."""
-    groups = [group_of(cost.batch) for cost in costs]
+    groups = [groups_of(cost.batch)[-1] for cost in costs]
     times: list[list[float]] = [[] for _ in costs]
     start = time.monotonic()
     for number in range(NEAR_ROUNDS[1]):
@@ -197,7 +199,7 @@ def _in_turn(
 
 
 def _upwards(
-    state: TrainState, context: StepContext, group_of: Callable[[int], Sequence[Micro]], sizes: Sequence[int],
+    state: TrainState, context: StepContext, groups_of: Callable[[int], Sequence[Sequence[Micro]]], sizes: Sequence[int],
     memory: int, seconds: float, held: int,
 ) -> Iterator[BatchCost]:  # fmt: skip
     """Each size after the smaller ones, with the memory that it took."""
@@ -207,13 +209,14 @@ def _upwards(
             return
         cost = BatchCost(batch=size)
         try:
-            group = group_of(size)
-            for _ in range(WARM_STEPS):
-                timed_step(state, context, group)
+            groups = groups_of(size)
+            for group in groups:
+                for _ in range(WARM_STEPS):
+                    timed_step(state, context, group)
             began = time.monotonic()
             steps: list[float] = []
             while len(steps) < MIN_STEPS or (len(steps) < MAX_STEPS and time.monotonic() - began < SECONDS_PER_SIZE):
-                steps.append(timed_step(state, context, group))
+                steps.append(timed_step(state, context, groups[-1]))
             cost = replace(cost, seconds=statistics.median(steps), memory=max(0, context.device.peak_memory() - held))
         except RuntimeError as error:
             yield replace(cost, problem=_reason(error))

@@ -6,7 +6,7 @@ import copy
 import itertools
 import tempfile
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -67,7 +67,7 @@ class Pace:
 
 def measure_pace(
     state: TrainState, context: StepContext, train: TrainingData, val: EvaluationData, *, folder: Path, bare_rate: float,
-    compiled: str = "off",
+    compiled: str = "off", cost: Callable[[Any], float] = lambda _: 1.0,
 ) -> Pace:  # fmt: skip
     """Take the run's own steps from its own loader on a copy of its state; validate, and save once.
 
@@ -78,6 +78,8 @@ def measure_pace(
         folder: The run's; a checkpoint is written there and removed.
         bare_rate: Samples per second of the bare step, for how long to measure.
         compiled: As the run's network is: copies are eager.
+        cost: Of a group of micro-batches, over the mean of the run: where inputs have several sizes, some steps are not a
+            fair sample of all.
 
     Raises:
         RuntimeError: memory ran out.
@@ -88,7 +90,7 @@ def measure_pace(
     with torch.random.fork_rng():
         copied = copy.deepcopy(state)
         compile_in_place(copied.model, compiled)
-        step, data, start = _steps(copied, context, train, seconds)
+        step, data, start = _steps(copied, context, train, seconds, cost)
         validation = _validation(copied, context, val)
         began = time.perf_counter()
         held = take_snapshot(copied)  # as the best state is held while another is written
@@ -103,10 +105,13 @@ def measure_pace(
                 memory=context.device.peak_memory())  # fmt: skip
 
 
-def _steps(state: TrainState, context: StepContext, train: TrainingData, seconds: float) -> tuple[float, float, float]:
-    """Mean seconds of a step, mean wait for its data, and the first wait beyond it."""
+def _steps(
+    state: TrainState, context: StepContext, train: TrainingData, seconds: float, cost: Callable[[Any], float]
+) -> tuple[float, float, float]:
+    """Mean seconds of a step, mean wait for its data, both at the mean cost of the run, and the first wait beyond it."""
     waits: list[float] = []
     steps: list[float] = []
+    costs: list[float] = []
     first = 0.0
     began = time.perf_counter()
     with closing(_endless(train, state.progress.num_micro)) as groups:
@@ -118,10 +123,11 @@ def _steps(state: TrainState, context: StepContext, train: TrainingData, seconds
             float(record.loss)
             waits.append(ready - start)
             steps.append(time.perf_counter() - ready)
+            costs.append(cost(group))
             first = first or waits[0]
             if len(steps) == WARM_STEPS:
                 began = time.perf_counter()
-    counted = len(steps) - WARM_STEPS
+    counted = sum(costs[WARM_STEPS:])
     wait = sum(waits[WARM_STEPS:]) / counted
     return sum(steps[WARM_STEPS:]) / counted, wait, max(0.0, first - wait)
 

@@ -37,7 +37,7 @@ from goodfit.planning.checks import (
     check_target,
     evaluating,
 )
-from goodfit.planning.trials import PlainTransform, check_blind, check_overfit, check_subset, overfit
+from goodfit.planning.trials import PlainTransform, check_blind, check_overfit, check_sizes, check_subset, overfit
 
 SHOWN = ("loss at start", "overfit a few samples", "save, load, predict")  # in the terminal's line
 
@@ -50,11 +50,13 @@ class Material:
         few: Eight samples of several classes, through the serving path.
         batches: The first batches of training, augmented, each as its micro-batches.
         served: The first samples of the first micro-batch, through the serving path, in the same order.
+        extremes: A batch of the smallest and one of the largest input, where the run has several sizes.
     """
 
     few: Micro
     batches: Sequence[Sequence[Micro]]
     served: Micro
+    extremes: Sequence[Sequence[Micro]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,8 @@ def rehearse(
     """
     with torch.random.fork_rng():
         checks = _definite(model, context, schedule, build_optimizer, material)
+        if material.extremes:
+            checks.append(check_sizes(_state(model, context, build_optimizer), context, material.extremes))
         _stop_if_failed(checks)
         lowest = float(context.task.describe()["lowest_loss"])
         plain = replace(context, transform=PlainTransform(context.transform))

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from goodfit.engine.contracts import BatchTransform, Micro
+from goodfit.engine.loop import is_out_of_memory
 from goodfit.engine.state import TrainState, copy_buffers
 from goodfit.engine.step import StepContext, train_step
 from goodfit.planning.checks import Check
@@ -135,6 +136,35 @@ def check_subset(state: TrainState, context: StepContext, batches: Sequence[Sequ
         "targets that are mixed wrongly",
     )
     return check, sum(len(micro.samples) for micro in batches[0]) / statistics.median(seconds[2:] or seconds)
+
+
+def check_sizes(state: TrainState, context: StepContext, extremes: Sequence[Sequence[Micro]]) -> Check:
+    """One step at the smallest and one at the largest input of the run, at a learning rate of zero: the network takes
+    both, and there is memory for them.
+
+    Args:
+        state: A copy of the run's, which is used up.
+        extremes: A batch of each size.
+
+    Raises:
+        RuntimeError: memory ran out.
+    """
+    sides, problem = [], ""
+    for group in extremes:
+        sides.append(str(max(t.shape[-1] for t in tensors_of(group[0].data).values() if is_picture(t))))
+        try:
+            _step(state, context, group, 0.0)
+        except (RuntimeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
+            problem = f"inputs of {sides[-1]} pixels cannot be taken: {str(error).splitlines()[0]}"
+            break
+    return Check(
+        "input sizes",
+        not problem,
+        problem or f"a step with inputs of {' and of '.join(sides)} pixels",
+        "multi_scale= or progressive= give sizes that this network, or its batch norm on few samples, cannot take",
+    )
 
 
 def _first(losses: Sequence[float], num: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +225,10 @@ class Preprocessing:
         if not 1 <= made.size <= made.resize <= 16384 or made.interpolation not in _RESAMPLING or min(made.std) <= 0:
             raise DataError(f"The preprocessing description cannot be used: {value}.")
         return made
+
+    def at(self, size: int) -> Preprocessing:
+        """The same at another input size, the shorter side scaled in the same ratio."""
+        return replace(self, size=size, resize=max(size, round(self.resize * size / self.size)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
