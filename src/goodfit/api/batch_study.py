@@ -157,7 +157,7 @@ def _costs(
 
 def trial_plan(request: TrainRequest, facts: Facts, size: int, design: StudyDesign) -> Plan:
     """The plan of one training: the run's own rules for this batch, so that the learning rate is that of the size."""
-    asked = replace(request, batch=size, batch_study=None, epochs=design.epochs, time=None)
+    asked = replace(request, batch=size, batch_study=None, epochs=design.epochs, time=None, swa=None)
     whole = resolve(request, facts)
     for name in ("warmup", "period"):  # of a long run: the same share of the short one
         if getattr(request, name) is not None:

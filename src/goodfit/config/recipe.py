@@ -15,6 +15,7 @@ from goodfit.config.execution import BATCH
 from goodfit.config.facts import Facts
 from goodfit.config.measured import Measured
 from goodfit.config.plan import Decision
+from goodfit.core.errors import RequestError
 
 LR = {"adamw": 1e-3, "adam": 1e-3, "nadam": 1e-3, "radam": 1e-3, "rmsprop": 1e-4, "sgd": 0.05, "muon": 1e-3}  # at batch 64
 BACKBONE_LR = (
@@ -24,6 +25,7 @@ HEAD_LR = 10  # times the rate of a pretrained backbone
 EPOCHS = 300
 MOST_EPOCHS = 1200
 DECAY = 0.2
+SWA_EPOCHS = 2  # the least that make an average
 
 
 def choose_recipe(choose: Chooser, facts: Facts, batch: int) -> dict[str, Decision[Any]]:
@@ -36,6 +38,7 @@ def choose_recipe(choose: Chooser, facts: Facts, batch: int) -> dict[str, Decisi
     optimizer = choose("optimizer", "adamw", "steady over learning rates, the usual choice for fine-tuning")
     lr, head_lr = _learning_rates(choose, optimizer.value, batch, pretrained, facts.measured)
     lengths = _lengths(choose)
+    schedule = _schedule(choose, lengths["epochs"].value, max(1, facts.data.num_train // batch))
     decayed = optimizer.value in ("adamw", "muon")
     return {
         **lengths,
@@ -46,11 +49,10 @@ def choose_recipe(choose: Chooser, facts: Facts, batch: int) -> dict[str, Decisi
         "weight_decay": choose("weight_decay", 0.01 if decayed else 1e-4,
                                "the guides' default for AdamW, little for others; none on norms and biases"),
         "momentum": choose("momentum", 0.9, "the usual value"),
-        **_schedule(choose, lengths["epochs"].value, max(1, facts.data.num_train // batch)),
+        **schedule,
         "clip": choose("clip", 1.0, "a guard against rare large gradients"),
         "clip_value": choose("clip_value", 0.0, "the norm is limited, not single elements"),
-        "ema": choose("ema", True, "the average of the last steps validates better than the last step"),
-        "swa": choose("swa", 0.0, "the moving average does the same"),
+        **_averages(choose, lengths["epochs"].value, schedule),
         "patience": choose("patience", 50, "the guides' default; warm-up is not counted"),
         "min_delta": choose("min_delta", 0.001, "the guides' default, relative"),
     }  # fmt: skip
@@ -63,6 +65,35 @@ def _lengths(choose: Chooser) -> dict[str, Decision[Any]]:
     else:
         most = choose("most_epochs", MOST_EPOCHS, f"a run that still improves goes on to {2 * EPOCHS}, then {MOST_EPOCHS}")
     return {"epochs": epochs, "most_epochs": most, "time": choose("time", 0.0, "no limit was asked for")}
+
+
+def _averages(choose: Chooser, epochs: int, schedule: dict[str, Decision[Any]]) -> dict[str, Decision[Any]]:
+    """The moving average of the weights, and stochastic weight averaging over the last part of the run.
+
+    Raises:
+        RequestError: the part is too short to average over, reaches into the warm-up, or meets a decay that was asked for.
+    """
+    ema = choose("ema", True, "the average of the last steps validates better than the last step")
+    swa = choose("swa", 0.0, "the moving average does the same")
+    if not swa.value:
+        return {"ema": ema, "swa": swa}
+    length = round(swa.value * epochs)
+    wsd = schedule["schedule"].value == "wsd"
+    asked = [name for name in ("decay", "lrf") if wsd and getattr(choose.request, name) is not None]
+    problem = ""
+    if length < SWA_EPOCHS:
+        problem = f"{swa.value:g} of {epochs} epochs is {length}, and an average needs {SWA_EPOCHS}"
+    elif epochs - length < schedule["warmup"].value:
+        problem = f"its {length} epochs would begin before the warm-up of {schedule['warmup'].value:g} has ended"
+    elif asked:
+        problem = f"the average takes the place of wsd's decay, so {asked[0]}= cannot be used"
+    if problem:
+        raise RequestError(f"swa={swa.value:g}: {problem}.", next="use another share, or swa=0")
+    if choose.request.swa is not None:
+        rate = "without wsd's decay" if wsd else "at the rate reached by then"
+        swa = replace(swa, reason=f"{swa.reason}: equal average of the epochs in this last share, {rate}, batch norm anew"
+                      f"{'; ends the moving average' if ema.value else ''}")  # fmt: skip
+    return {"ema": ema, "swa": swa}
 
 
 def _transfer(choose: Chooser) -> dict[str, Decision[Any]]:

@@ -19,6 +19,7 @@ from goodfit.engine.evaluate import evaluate
 from goodfit.engine.state import TrainState, copy_buffers, restore_buffers
 from goodfit.engine.step import StepContext, StepRecord, train_step
 from goodfit.engine.stop import StopFlag
+from goodfit.engine.swa import average_weights
 
 MAX_BAD_STEPS = 20  # masked steps in a row that end the run
 COOL_DOWN_SHARE = 0.2  # of the steps done, when patience ends the stable rate
@@ -85,6 +86,7 @@ def fit(
             continue  # the same batch again, in smaller parts
         epoch.drain()
         measured = epoch.finish(context)
+        average_weights(state, train, context)
         meter = evaluate(state.evaluated, val, task=context.task, transform=context.transform, device=context.device,
                          ranks=context.ranks, stop=stop)  # fmt: skip
         if meter is None:
@@ -170,6 +172,7 @@ def _is_plateau(state: TrainState, settings: FitSettings) -> bool:
     """Patience is spent, at a rate that has not begun to fall for good (cosine falls from the start of its decay)."""
     progress = state.progress
     stable = progress.schedule.kind == "cosine" or progress.step < progress.schedule.stable_until
+    stable = stable and not progress.schedule.is_averaging(progress.step)
     first_choice = settings.patience > 0 and progress.parent is None
     return first_choice and stable and progress.best is not None and progress.bad_epochs >= settings.patience
 
@@ -181,7 +184,8 @@ def _branch_to_cool_down(state: TrainState, checkpoints: Checkpoints, journal: J
     skipped = state.progress.skipped
     restore(state, checkpoints.load_best(state.progress))
     progress = state.progress
-    epochs = max(1, math.ceil(COOL_DOWN_SHARE * best["step"] / train.steps_per_epoch))
+    least = 1 if progress.schedule.averaging_from < 0 else 2  # one model is no average
+    epochs = max(least, math.ceil(COOL_DOWN_SHARE * best["step"] / train.steps_per_epoch))
     progress.parent = {"segment": best["segment"], "step": best["step"]}
     progress.segment = segment + 1
     progress.schedule = progress.schedule.cool_down(progress.step, epochs * train.steps_per_epoch)

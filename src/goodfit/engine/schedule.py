@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 DECAY_SHARE = 0.2  # the default schedule decays over the last fifth
@@ -24,6 +24,7 @@ class Schedule:
         lrf: Last factor, a share of the peak.
         start_factor: Factor from which the decay starts.
         closing_from: Step from which strong augmentation is off; -1 if it never is.
+        averaging_from: Step from which weights are averaged equally, at the rate reached by then; -1 if they never are.
     """
 
     kind: str
@@ -33,13 +34,27 @@ class Schedule:
     lrf: float
     start_factor: float = 1.0
     closing_from: int = -1
+    averaging_from: int = -1
 
     def is_closing(self, step: int) -> bool:
         """Whether strong augmentation is off in an epoch that begins at `step`."""
         return 0 <= self.closing_from <= step
 
+    def is_averaging(self, step: int) -> bool:
+        """Whether the update that follows `step` updates belongs to the part whose weights are averaged equally."""
+        return 0 <= self.averaging_from <= step
+
+    def averaging(self, num_steps: int) -> Schedule:
+        """This schedule with stochastic weight averaging over its last `num_steps`: the rate stays as it is when they
+        begin, and `wsd` has no decay, so that it is the peak."""
+        start = self.total_steps - num_steps
+        stable = start if self.kind == "wsd" else self.stable_until
+        return replace(self, averaging_from=start, stable_until=stable)
+
     def factor(self, step: int) -> float:
         """The factor on the peak learning rate for the update that follows `step` updates."""
+        if self.is_averaging(step):
+            step = self.averaging_from
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         if step < self.stable_until:
@@ -50,10 +65,11 @@ class Schedule:
 
     def cool_down(self, step: int, num_steps: int) -> Schedule:
         """The schedule of a segment that starts at `step` and decays over the next `num_steps`; its second half closes,
-        if this schedule would have closed."""
+        if this schedule would have closed. With weight averaging they are averaged instead, at a constant rate."""
         return Schedule(kind="wsd", warmup_steps=0, stable_until=step, total_steps=step + num_steps, lrf=self.lrf,
                         start_factor=self.factor(step),
-                        closing_from=-1 if self.closing_from < 0 else step + num_steps // 2)  # fmt: skip
+                        closing_from=-1 if self.closing_from < 0 else step + num_steps // 2,
+                        averaging_from=-1 if self.averaging_from < 0 else step)  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the checkpoint."""
