@@ -84,9 +84,10 @@ def main() -> None:
             losses = [val["loss"] for val, _ in found[kind]]
             rows[kind].append([100 * best[0]["accuracy"], 100 * best[1]["accuracy"], 100 * best[1]["macro_f1"],
                                best[0]["loss"], float(np.mean(losses))])  # fmt: skip
+            course = " ".join(f"{100 * val['accuracy']:.1f}" for val, _ in found[kind])
             print(f"seed {seed} {kind:<9} val {rows[kind][-1][0]:.1f} %, test {rows[kind][-1][1]:.1f} %, "
                   f"test macro F1 {rows[kind][-1][2]:.1f} %, val loss {rows[kind][-1][3]:.4f}, mean over epochs {rows[kind][-1][4]:.4f}; "
-                  f"by epoch {' '.join(f'{100 * val["accuracy"]:.1f}' for val, _ in found[kind])}", flush=True)  # fmt: skip
+                  f"by epoch {course}", flush=True)  # fmt: skip
         print(f"seed {seed} taking anew: {100 * found['anew seconds'] / found['step']:.0f} % of the time of training", flush=True)
     for kind in KINDS:
         val, test, macro, loss, mean = np.mean(rows[kind], axis=0)

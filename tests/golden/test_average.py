@@ -91,7 +91,7 @@ class Val:
         for number in range(2):
             if self.stop_at == self.state.progress.epoch and self.flag is not None:
                 self.flag.signal = 2
-            yield micro(9000 + number, 32)
+            yield micro(9000 + number, 32, dtype=self.weights[-1][0].dtype)
 
 
 def network(dtype=torch.float32, norm=True):
@@ -199,8 +199,9 @@ def test_the_equal_average_is_the_mean_over_the_ends_of_the_last_epochs(tmp_path
         mean = torch.stack([weights[number].double() for weights in val.weights[4:]]).mean(0)
         assert float((average.double() - mean).abs().max()) <= 1e-6
         assert float((val.weights[-1][number].double() - mean).abs().max()) > 1e-3, "the last weights alone would do"
-    kept = Checkpoints(tmp_path, {}).load_best(state.progress)
-    assert kept.evaluated is kept.files["ema"] or kept.progress["num_averaged"] == 0 and not ema
+    best = Checkpoints(tmp_path, {}).load_best(state.progress)
+    averaged = ema > 0 or best.progress["num_averaged"] > 0
+    assert ("ema" in best.files) == averaged and best.evaluated is best.files["ema" if averaged else "model"]
     last = Checkpoints(tmp_path, {}).latest()
     assert tensors_sha256({"": last.evaluated}) == tensors_sha256({"": state.swa.state_dict()})
 

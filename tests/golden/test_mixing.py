@@ -91,11 +91,7 @@ def test_mixup_shares_are_those_of_the_pixels(step):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("how", [{"mixup": 1.0}, {"cutmix": 1.0}])
 def test_the_loss_of_a_mixture_is_that_of_its_parts_by_their_shares(way, how):
-    target, values, made = mixed_batch(how, 1)
-    pixels = made["image"].numpy()[:, 0] * 255
-    partner = transform(**how).train({"image": made["image"], "target": torch.arange(12) % CLASSES}, epoch=0, step=1,
-                                     rank=0, micro=0, samples=np.arange(12))["target"]  # fmt: skip
-    assert partner.shape == (12, CLASSES) and pixels.std() > 0
+    target, _, made = mixed_batch(how, 1)
     logits = torch.tensor(np.random.default_rng(0).normal(size=(12, CLASSES)) * 3, dtype=torch.float32)
     total, count = ClassifyTask(tuple("abcd"), **WAYS[way]).loss(lambda _: logits, made)["loss"]
     pairs = []

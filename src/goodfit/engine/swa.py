@@ -7,10 +7,10 @@ import copy
 import torch
 from torch import nn
 
+from goodfit.engine.batch_norm import renew_statistics
 from goodfit.engine.contracts import TrainingData
 from goodfit.engine.ema import Ema
 from goodfit.engine.state import TrainState
-from goodfit.engine.batch_norm import renew_statistics
 from goodfit.engine.step import StepContext
 
 
