@@ -3,7 +3,7 @@
     python benchmarks/average_statistics.py FOLDER [--seeds 3] [word=value ...]
 
 Each seed trains once (its own split, no early stopping); after every epoch the same averaged weights are validated with
-both kinds of statistics, and each kind takes the epoch that it validates best, as a run does. Prints the validation and
+each kind of statistics, and each kind takes the epoch that it validates best, as a run does. Prints the validation and
 test accuracy of that epoch, the mean of validation loss over all epochs, and what taking the statistics costs.
 """
 
@@ -27,7 +27,7 @@ from goodfit.engine.evaluate import evaluate
 from goodfit.engine.state import copy_buffers
 from goodfit.engine.step import train_step
 
-KINDS = ("averaged", "anew")
+KINDS = {"averaged": 0, "anew 256": 256, "anew 1024": 1024}  # training samples that statistics are taken from
 
 
 def measured(parts: Parts, model: Any, loader: Any) -> dict[str, float]:
@@ -42,7 +42,7 @@ def train(parts: Parts) -> dict[str, Any]:
     """Train all epochs; per kind and epoch the metrics of validation and test."""
     state, train = parts.state, parts.train
     test = parts.eval_loader(parts.index.rows("test"))
-    found: dict[str, Any] = {kind: [] for kind in KINDS} | {"step": 0.0, "anew seconds": 0.0}
+    found: dict[str, Any] = {kind: [] for kind in KINDS} | {"step": 0.0} | {f"{kind} seconds": 0.0 for kind in KINDS}
     progress = state.progress
     assert state.ema is not None
     while progress.step < progress.schedule.total_steps:
@@ -50,14 +50,18 @@ def train(parts: Parts) -> dict[str, Any]:
         began = time.perf_counter()
         with closing(train.groups(progress.epoch, 0, progress.num_micro, closing=progress.closing)) as groups:
             for group in groups:
-                train_step(state, parts.context, group, progress.schedule.factor(progress.step), copy_buffers(state.model))
+                train_step(
+                    state, parts.context, group, progress.schedule.factor(progress.step), copy_buffers(state.model)
+                )
         found["step"] += time.perf_counter() - began
-        began = time.perf_counter()
-        other = copy.deepcopy(state.ema.model)
-        renew_statistics(other, state.model, train, parts.context, epoch=progress.epoch, num_micro=progress.num_micro)
-        found["anew seconds"] += time.perf_counter() - began
-        for kind, model in zip(KINDS, (state.ema.model, other), strict=True):
-            found[kind].append((measured(parts, model, parts.val), measured(parts, model, test)))
+        for kind, num in KINDS.items():
+            began = time.perf_counter()
+            average = copy.deepcopy(state.ema.model)
+            if num:
+                renew_statistics(average, state.model, train, parts.context, epoch=progress.epoch,
+                                 num_micro=progress.num_micro, num_samples=num)  # fmt: skip
+            found[f"{kind} seconds"] += time.perf_counter() - began
+            found[kind].append((measured(parts, average, parts.val), measured(parts, average, test)))
         progress.epoch += 1
     return found
 
@@ -85,13 +89,16 @@ def main() -> None:
             rows[kind].append([100 * best[0]["accuracy"], 100 * best[1]["accuracy"], 100 * best[1]["macro_f1"],
                                best[0]["loss"], float(np.mean(losses))])  # fmt: skip
             course = " ".join(f"{100 * val['accuracy']:.1f}" for val, _ in found[kind])
-            print(f"seed {seed} {kind:<9} val {rows[kind][-1][0]:.1f} %, test {rows[kind][-1][1]:.1f} %, "
+            print(f"seed {seed} {kind:<10} val {rows[kind][-1][0]:.1f} %, test {rows[kind][-1][1]:.1f} %, "
                   f"test macro F1 {rows[kind][-1][2]:.1f} %, val loss {rows[kind][-1][3]:.4f}, mean over epochs {rows[kind][-1][4]:.4f}; "
                   f"by epoch {course}", flush=True)  # fmt: skip
-        print(f"seed {seed} taking anew: {100 * found['anew seconds'] / found['step']:.0f} % of the time of training", flush=True)
+        shares = ", ".join(f"{kind} {100 * found[f'{kind} seconds'] / found['step']:.0f} %" for kind in KINDS)
+        print(f"seed {seed} time beside that of training: {shares}", flush=True)
     for kind in KINDS:
         val, test, macro, loss, mean = np.mean(rows[kind], axis=0)
-        print(f"{kind:<9} val {val:.2f} %, test {test:.2f} %, test macro F1 {macro:.2f} %, val loss {loss:.4f}, mean {mean:.4f}")
+        print(
+            f"{kind:<10} val {val:.2f} %, test {test:.2f} %, test macro F1 {macro:.2f} %, val loss {loss:.4f}, mean {mean:.4f}"
+        )
 
 
 if __name__ == "__main__":

@@ -96,7 +96,9 @@ def test_training_accuracy_is_that_of_the_served_model_on_training_images(finish
     train = finished.metrics["train"]
     assert train["n"] == len(rows) and set(train) == {"loss", "accuracy", "macro_f1", "n"}
     assert hits / len(rows) == pytest.approx(train["accuracy"], abs=1e-12)
-    losses = [-math.log(max(1e-6, p["probabilities"][r["path"].split("/")[0]])) for p, r in zip(found, rows, strict=True)]
+    losses = [
+        -math.log(max(1e-6, p["probabilities"][r["path"].split("/")[0]])) for p, r in zip(found, rows, strict=True)
+    ]
     assert sum(losses) / len(losses) == pytest.approx(train["loss"], abs=1e-4)
     assert json.loads((finished.bundle / "metrics.json").read_text())["train"] == train
     assert f"(n = {len(rows)})" in (finished.path / "report.html").read_text()

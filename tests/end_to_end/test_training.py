@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import goodfit
 from goodfit.api.assemble import assemble, execution
@@ -219,3 +220,22 @@ def test_the_loss_falls_in_fifty_steps_of_a_real_network(bars, tmp_path, optimiz
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     losses = [e["train_loss"] for e in events if e["event"] == "epoch"]
     assert parts.state.step >= 49 and losses[-1] < 0.5 * losses[0]
+
+
+def test_the_averaged_weights_are_validated_kept_and_served(bars, tmp_path, capsys):
+    """SWA over the last half: its network is that of the checkpoint's `ema` file, of the best state and of the bundle."""
+    run = goodfit.train(bars, epochs=4, swa=0.5, batch=16, model="resnet10t", rehearse=False, suspects=False, workers=1,
+                        name="swa", project=str(tmp_path))  # fmt: skip
+    checkpoints = Checkpoints(run.path / "checkpoints", {})
+    checkpoints.facts = {}
+    states = {p.name: json.loads((p / "state.json").read_text())["progress"] for p in checkpoints.folder.glob("step-*")}
+    newest = max(states)
+    assert states[newest]["num_averaged"] == 2 and states[newest]["schedule"]["averaging_from"] == states[newest]["step"] // 2
+    best = max(n for n in states if states[n]["step"] == states[newest]["best"]["step"])
+    kept = checkpoints.load(best).files["ema"]
+    served = load_file(str(run.bundle / "model.safetensors"))
+    assert served.keys() == kept.keys() and all(torch.equal(served[name], kept[name]) for name in served)
+    rates = [e["lr"] for e in run.events if e["event"] == "epoch"]
+    assert rates[2] == rates[3] == run.plan.head_lr.value or rates[2] == rates[3] == run.plan.lr.value
+    assert "without wsd's decay" in run.plan.swa.reason
+    assert run.metrics["train"]["accuracy"] > 0.5 and "gap       train acc" in capsys.readouterr().err

@@ -106,7 +106,9 @@ def make_state(schedule=FLAT, *, ema=0.0, swa=False, dtype=torch.float32, precis
     optimizer = build_optimizer(model, groups, kind="adamw", momentum=0.9)
     moving = Ema(model, ema) if ema else None
     scale = LossScale(torch.device("cpu"), active=precision == "fp16")
-    return TrainState(model, optimizer, moving, scale, Progress(schedule), build_average(model, moving) if swa else None)
+    return TrainState(
+        model, optimizer, moving, scale, Progress(schedule), build_average(model, moving) if swa else None
+    )
 
 
 def context(precision="fp32", ranks=None):
@@ -212,7 +214,9 @@ def test_statistics_are_those_of_the_averaged_weights_on_undistorted_samples(tmp
     run_fit(state, tmp_path, train=Train(torch.float64))
     first, norm = state.swa[0], state.swa[1]
     with torch.no_grad():
-        batches = [first(micro(500 + number, dtype=torch.float64, closing=True).data["image"]) for number in range(STEPS)]
+        batches = [
+            first(micro(500 + number, dtype=torch.float64, closing=True).data["image"]) for number in range(STEPS)
+        ]
     mean = torch.stack([b.mean(0) for b in batches]).mean(0)
     variance = torch.stack([b.var(0) for b in batches]).mean(0)
     assert float((norm.running_mean - mean).abs().max()) <= 1e-12

@@ -13,12 +13,15 @@ from goodfit.engine.ranks import Ranks
 from goodfit.engine.state import copy_buffers, restore_buffers
 from goodfit.engine.step import StepContext
 
-NUM_SAMPLES = 1024  # that statistics are taken from; Wu and Johnson 2021 ("Rethinking Batch in BatchNorm") find 1,000 enough
+NUM_SAMPLES = (
+    1024  # that statistics are taken from; Wu and Johnson 2021 ("Rethinking Batch in BatchNorm") find 1,000 enough
+)
 
 
 def renew_statistics(
-    average: nn.Module, trained: nn.Module, train: TrainingData, context: StepContext, *, epoch: int, num_micro: int
-) -> None:
+    average: nn.Module, trained: nn.Module, train: TrainingData, context: StepContext, *, epoch: int, num_micro: int,
+    num_samples: int = NUM_SAMPLES,
+) -> None:  # fmt: skip
     """Replace the running mean and variance of every batch norm by those of the averaged weights' own activations.
 
     The mean over batches of each batch's mean and (unbiased) variance, as torch's `update_bn`; but all else is in
@@ -29,6 +32,7 @@ def renew_statistics(
     Args:
         average: The averaged network, in evaluation mode; only its buffers change.
         trained: The network that trains: batch norms whose weights are frozen there keep their statistics.
+        num_samples: Taken in whole batches, at least so many, if the epoch has them.
     """
     norms = _norms(average, trained)
     if not norms:
@@ -39,7 +43,7 @@ def renew_statistics(
         norm.reset_running_stats()
         norm.train()
     try:
-        _pass(average, norms, train, context, epoch, num_micro)
+        _pass(average, norms, train, context, epoch, num_micro, num_samples)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
@@ -59,8 +63,9 @@ def _norms(average: nn.Module, trained: nn.Module) -> list[_BatchNorm]:
 
 
 def _pass(
-    average: nn.Module, norms: list[_BatchNorm], train: TrainingData, context: StepContext, epoch: int, num_micro: int
-) -> None:
+    average: nn.Module, norms: list[_BatchNorm], train: TrainingData, context: StepContext, epoch: int, num_micro: int,
+    num_samples: int,
+) -> None:  # fmt: skip
     """Let the first batches of an epoch through; after batch k the statistics are the mean over k batches."""
     number = 0
     with torch.no_grad(), closing(train.groups(epoch, 0, num_micro, closing=True)) as groups:
@@ -74,7 +79,7 @@ def _pass(
                                                 closing=True)  # fmt: skip
                 with context.device.autocast():
                     context.task.predict(average, batch)
-            if (step + 1) * train.batch >= NUM_SAMPLES:
+            if (step + 1) * train.batch >= num_samples:
                 break
 
 

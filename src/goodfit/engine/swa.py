@@ -27,7 +27,10 @@ def average_weights(state: TrainState, train: TrainingData, context: StepContext
     interrupted can be resumed.
     """
     progress, average = state.progress, state.swa
-    if average is None or not progress.schedule.is_averaging(progress.step):
+    if average is None:
+        return
+    if not progress.schedule.is_averaging(progress.step):
+        progress.num_averaged = 0  # also of a segment that goes on from an averaged state
         return
     if progress.num_averaged >= (progress.step - progress.schedule.averaging_from) // train.steps_per_epoch:
         return
