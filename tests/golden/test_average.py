@@ -247,6 +247,26 @@ def test_frozen_batch_norm_and_statistics_that_are_not_finite_stay_as_they_were(
     assert tensors_sha256({"": state.swa.state_dict()}) != before
 
 
+def test_dropout_inside_a_batch_norm_stays_off():
+    class Norm(nn.BatchNorm1d):
+        """As timm's: what follows it is inside it."""
+
+        def __init__(self, width):
+            super().__init__(width)
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, x):
+            return self.drop(super().forward(x))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), Norm(8), nn.Linear(8, 3), nn.BatchNorm1d(3))
+    averages = [copy.deepcopy(model).eval() for _ in range(2)]
+    for average in averages:  # from other random numbers
+        renew_statistics(average, model, Train(), context(), epoch=0, num_micro=1)
+    assert torch.equal(averages[0][3].running_var, averages[1][3].running_var)
+    assert not torch.equal(averages[0][3].running_var, torch.ones(3))
+
+
 @dataclass(frozen=True)
 class ThreadRanks(Ranks):
     """Two processes as two threads: the sum waits for both."""
@@ -263,7 +283,7 @@ class ThreadRanks(Ranks):
 
 
 def test_with_two_processes_the_statistics_are_the_mean_over_both():
-    barrier, board, made = threading.Barrier(2), [None, None], [None, None]
+    barrier, board, made = threading.Barrier(2, timeout=60), [None, None], [None, None]
 
     def work(rank):
         model = network(torch.float64)

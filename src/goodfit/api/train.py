@@ -112,7 +112,7 @@ def training(run: Run, parts: Parts, journal: Journal) -> Iterator[tuple[Checkpo
 
 
 def finish(run: Run, parts: Parts, checkpoints: Checkpoints, journal: Journal) -> Run:
-    """From trained weights to a finished run: the gap to training, test, bundle, report. What is done already is not done again."""
+    """From trained weights to a finished run: gap to training, test, bundle, report. What is done is not done again."""
     load_best(parts, checkpoints)
     training_accuracy(run, parts, journal)
     done = run.path / "test.json"

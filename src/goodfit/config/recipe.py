@@ -63,9 +63,7 @@ def _lengths(choose: Chooser) -> dict[str, Decision[Any]]:
     if epochs.source == "asked":
         most = Decision(epochs.value, "so many were asked for", "rule")
     else:
-        most = choose(
-            "most_epochs", MOST_EPOCHS, f"a run that still improves goes on to {2 * EPOCHS}, then {MOST_EPOCHS}"
-        )
+        most = choose("most_epochs", MOST_EPOCHS, f"a run that still improves goes on to {2 * EPOCHS}, then {MOST_EPOCHS}")
     return {"epochs": epochs, "most_epochs": most, "time": choose("time", 0.0, "no limit was asked for")}
 
 

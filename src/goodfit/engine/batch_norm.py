@@ -13,9 +13,7 @@ from goodfit.engine.ranks import Ranks
 from goodfit.engine.state import copy_buffers, restore_buffers
 from goodfit.engine.step import StepContext
 
-NUM_SAMPLES = (
-    1024  # that statistics are taken from; Wu and Johnson 2021 ("Rethinking Batch in BatchNorm") find 1,000 enough
-)
+NUM_SAMPLES = 1024  # that statistics are taken from: Wu and Johnson 2021 (Rethinking "Batch" in BatchNorm) need no more
 
 
 def renew_statistics(
@@ -41,13 +39,13 @@ def renew_statistics(
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.train()
+        norm.training = True  # not `train()`: timm puts dropout inside its batch norms
     try:
         _pass(average, norms, train, context, epoch, num_micro, num_samples)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-            norm.eval()
+            norm.training = False
     finite = _share(norms, context.ranks)
     restore_buffers(average, before, ~finite, reads_are_free=context.device.reads_are_free)
 
