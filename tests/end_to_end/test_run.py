@@ -6,6 +6,7 @@ import csv
 import html
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -84,6 +85,27 @@ def test_the_bundle_predicts_what_the_final_test_saw(finished):
     assert hits / len(rows) == pytest.approx(finished.metrics["test"]["accuracy"], abs=1e-12)
     for row in found:
         assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-4)
+
+
+def test_training_accuracy_is_that_of_the_served_model_on_training_images(finished):
+    """No accuracy is claimed while training goes on; at its end the bundle itself agrees with what is reported."""
+    rows = [r for r in csv.DictReader((finished.path / "split.csv").read_text().splitlines()) if r["split"] == "train"]
+    root = Path(json.loads((finished.path / "run.json").read_text())["root"])
+    found = finished.predict([root / r["path"] for r in rows])
+    hits = sum(p["label"] == r["path"].split("/")[0] for p, r in zip(found, rows, strict=True))
+    train = finished.metrics["train"]
+    assert train["n"] == len(rows) and set(train) == {"loss", "accuracy", "macro_f1", "n"}
+    assert hits / len(rows) == pytest.approx(train["accuracy"], abs=1e-12)
+    losses = [
+        -math.log(max(1e-6, p["probabilities"][r["path"].split("/")[0]])) for p, r in zip(found, rows, strict=True)
+    ]
+    assert sum(losses) / len(losses) == pytest.approx(train["loss"], abs=1e-4)
+    assert json.loads((finished.bundle / "metrics.json").read_text())["train"] == train
+    assert f"(n = {len(rows)})" in (finished.path / "report.html").read_text()
+    (told,) = [e["text"] for e in finished.events if e["event"] == "stage" and e["name"] == "gap"]
+    assert told.startswith(f"train acc {100 * train['accuracy']:.1f} % on {len(rows)} training images")
+    for epoch in (e for e in finished.events if e["event"] == "epoch"):
+        assert [name for name in epoch if name.startswith("train")] == ["train_loss", "train_seconds"]
 
 
 def test_the_bundle_is_complete_and_its_parity_was_measured(finished):

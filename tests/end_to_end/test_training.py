@@ -11,6 +11,7 @@ import torch
 
 import goodfit
 from goodfit.api.assemble import assemble, execution
+from goodfit.api.finish import load_best
 from goodfit.core.errors import OutOfMemory, StorageError, TrainingError
 from goodfit.core.journal import Journal
 from goodfit.engine.checkpoint import Checkpoints, tensors_sha256
@@ -219,3 +220,19 @@ def test_the_loss_falls_in_fifty_steps_of_a_real_network(bars, tmp_path, optimiz
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     losses = [e["train_loss"] for e in events if e["event"] == "epoch"]
     assert parts.state.step >= 49 and losses[-1] < 0.5 * losses[0]
+
+
+def test_the_averaged_weights_are_validated_and_kept(bars, tmp_path):
+    """SWA over the last half of a run of pictures, with a loader process: its network is the best state's model."""
+    parts = parts_of(bars, epochs=4, swa=0.5, model="resnet10t", workers=1, precision="bf16", channels_last=True)
+    checkpoints = run_fit(parts, tmp_path)
+    progress, state = parts.state.progress, parts.state
+    assert progress.num_averaged == 2 and progress.schedule.averaging_from == progress.step // 2
+    assert state.evaluated is state.swa is state.ema.model
+    progress.best = {**progress.best, "step": progress.step}  # the last state, whichever was the best
+    load_best(parts, checkpoints)
+    averaged, loaded = state.swa.state_dict(), state.model.state_dict()
+    assert all(torch.equal(loaded[name], averaged[name]) for name in averaged)
+    last = checkpoints.latest().files
+    assert not torch.equal(last["ema"]["conv1.0.weight"], last["model"]["conv1.0.weight"])
+    assert not torch.equal(last["ema"]["bn1.running_var"], last["model"]["bn1.running_var"])

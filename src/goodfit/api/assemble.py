@@ -32,6 +32,7 @@ from goodfit.engine.ranks import Ranks
 from goodfit.engine.schedule import plan_schedule
 from goodfit.engine.state import LossScale, Progress, TrainState
 from goodfit.engine.step import StepContext
+from goodfit.engine.swa import build_average
 from goodfit.models.builder import WeightReport, build_network, parameter_groups
 from goodfit.runtime.images import Preprocessing
 from goodfit.tasks.classify import ClassifyTask
@@ -205,11 +206,15 @@ def _initial_state(plan: Plan, network: torch.nn.Module, device: DevicePolicy, s
                              lrf=plan.lrf.value, steps_per_epoch=steps_per_epoch, decay=plan.decay.value,
                              milestones=plan.milestones.value, period=plan.period.value, gamma=plan.gamma.value,
                              close=plan.close_augment.value)  # fmt: skip
+    if plan.swa.value:
+        schedule = schedule.averaging(round(plan.swa.value * plan.epochs.value) * steps_per_epoch)
+    ema = Ema(network, ema_decay(schedule.total_steps, steps_per_epoch)) if plan.ema.value else None
     return TrainState(
         model=network,
         optimizer=build_optimizer(network, parameter_groups(network, plan), kind=plan.optimizer.value,
                                   momentum=plan.momentum.value),
-        ema=Ema(network, ema_decay(schedule.total_steps, steps_per_epoch)) if plan.ema.value else None,
+        ema=ema,
+        swa=build_average(network, ema) if plan.swa.value else None,
         loss_scale=LossScale(device.torch_device, active=device.scales_loss),
         progress=Progress(schedule, num_micro=plan.accumulate.value),
     )  # fmt: skip

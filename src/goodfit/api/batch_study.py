@@ -159,7 +159,7 @@ def _costs(
 
 def trial_plan(request: TrainRequest, facts: Facts, size: int, design: StudyDesign) -> Plan:
     """The plan of one training: the run's own rules for this batch, so that the learning rate is that of the size."""
-    asked = replace(request, batch=size, batch_study=None, epochs=design.epochs, time=None)
+    asked = replace(request, batch=size, batch_study=None, epochs=design.epochs, time=None, swa=None)
     whole = resolve(request, facts)
     share = design.epochs / whole.epochs.value  # of a long run: lengths are the same part of the short one
     lengths = {"warmup": f"{share * whole.warmup.value:g}", "period": f"{share * whole.period.value:g}",

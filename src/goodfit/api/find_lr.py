@@ -25,7 +25,7 @@ from goodfit.data.index import DatasetIndex, data_hash, write_split
 RANGE_FORMAT = "lr-range-1"
 RANGE_SECONDS = 600.0  # after which a range test is given up: its forty steps must come, however slow they are
 # Decisions that a range test does not feel.
-LATER = ("epochs", "schedule", "warmup", "decay", "milestones", "period", "gamma", "lrf", "close_augment", "ema",
+LATER = ("epochs", "schedule", "warmup", "decay", "milestones", "period", "gamma", "lrf", "close_augment", "ema", "swa",
          "patience", "min_delta", "monitor", "rehearse", "format", "max_bad")  # fmt: skip
 
 

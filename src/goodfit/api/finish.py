@@ -16,13 +16,14 @@ from goodfit.api.folder import AUDIT, PLAN, Run, load_request
 from goodfit.api.latency import typical_files
 from goodfit.api.prepare import stage
 from goodfit.api.verdict import compare_projection, judge_time
+from goodfit.config.plan import Plan
 from goodfit.core.history import bare_rate, stage_seconds, training_rate
 from goodfit.core.journal import Journal
 from goodfit.core.random import permutation, stream
 from goodfit.core.safeio import read_json, write_json
-from goodfit.data.index import data_hash
+from goodfit.data.index import DatasetIndex, data_hash
 from goodfit.data.reading import How
-from goodfit.data.split import SealedTest
+from goodfit.data.split import SealedTest, subset
 from goodfit.engine.checkpoint import Checkpoints, tensors_sha256
 from goodfit.engine.device import DevicePolicy
 from goodfit.engine.evaluate import evaluate
@@ -41,14 +42,63 @@ _PARITY = stream("parity")
 NUM_PICTURES = 16
 LR_RANGE = "lr_range.png"
 LR = "lr.png"
+TRAIN_SAMPLES = 1000  # training images that the finished model is measured on, at most
 
 
 def load_best(parts: Parts, checkpoints: Checkpoints) -> None:
     """Put the best weights of the run into the model, in float32."""
     best = parts.state.progress.best
     assert best is not None
-    snapshot = checkpoints.load_state(best)
-    parts.state.model.load_state_dict(snapshot.files["ema" if parts.plan.ema.value else "model"])
+    parts.state.model.load_state_dict(checkpoints.load_state(best).evaluated)
+
+
+def training_accuracy(run: Run, parts: Parts, journal: Journal) -> dict[str, float]:
+    """Measure the best model on training images as the test will: without augmentation, mixing or dropout, in float32.
+
+    What training itself could count would be of distorted and mixed pictures, and of a model that changed meanwhile; only
+    this figure can be compared with validation's.
+
+    Returns:
+        Loss, accuracy and macro F1 of a fixed, stratified sample, and `n`, its images.
+    """
+    done = training_metrics(run)
+    if done:
+        return done
+    with stage(journal, "gap") as note:
+        rows = training_sample(parts.index, parts.plan)
+        meter = evaluate(parts.state.model, parts.eval_loader(rows), task=parts.task, transform=parts.context.transform,
+                         device=_precise(parts.plan), ranks=parts.context.ranks)  # fmt: skip
+        assert isinstance(meter, ClassificationMeter)
+        found = {**meter.compute(), "n": len(rows)}
+        note.text = describe_gap(found, parts.state.progress.best)
+        note.fields = {"train": found}
+    return found
+
+
+def training_sample(index: DatasetIndex, plan: Plan) -> npt.NDArray[np.int64]:
+    """At most 1,000 rows of those that the plan trains on (or one of each class), stratified: the same ones in every run
+    on this split."""
+    share = max(1, TRAIN_SAMPLES - len(index.class_names)) / len(index.rows("train"))  # each class is rounded up
+    return subset(index, min(plan.fraction.value, share), plan.split_seed.value)
+
+
+def training_metrics(run: Run) -> dict[str, float]:
+    """What `training_accuracy` found in a run; empty before."""
+    made = (e["train"] for e in reversed(run.events) if e["event"] == "stage" and e["name"] == "gap")
+    return dict(next(made, {}))
+
+
+def describe_gap(train: dict[str, float], best: dict[str, Any] | None) -> str:
+    """Training accuracy beside that of validation, in one line."""
+    text = f"train acc {100 * train['accuracy']:.1f} % on {train['n']:,} training images as they are served"
+    if not best:
+        return text
+    val = best["metrics"]["accuracy"]
+    return f"{text} · val {100 * val:.1f} % · gap {100 * (train['accuracy'] - val):+.1f} points"
+
+
+def _precise(plan: Plan) -> DevicePolicy:
+    return DevicePolicy(kind=plan.device.value, precision="fp32", channels_last=plan.channels_last.value)
 
 
 def final_test(run: Run, parts: Parts, journal: Journal) -> dict[str, Any]:
@@ -63,9 +113,7 @@ def final_test(run: Run, parts: Parts, journal: Journal) -> dict[str, Any]:
         model = parts.state.model
         digest = tensors_sha256({"": dict(model.state_dict())})
         look = count_look(run.path.parent, sealed.sha256, run=run.path.name, weights_sha256=digest)
-        precise = DevicePolicy(
-            kind=parts.plan.device.value, precision="fp32", channels_last=parts.plan.channels_last.value
-        )
+        precise = _precise(parts.plan)
         meter = evaluate(model, parts.eval_loader(rows), task=parts.task, transform=parts.context.transform,
                          device=precise, ranks=parts.context.ranks)  # fmt: skip
         assert isinstance(meter, ClassificationMeter)
@@ -133,7 +181,7 @@ def bundle_stage(run: Run, parts: Parts, journal: Journal, test: dict[str, Any])
             else "none: trained from scratch",
             "weights": plan.weights.value,
             "data_sha256": data_hash(index),
-            "metrics": {"val": best["metrics"] if best else {}, "test": test},
+            "metrics": {"train": training_metrics(run), "val": best["metrics"] if best else {}, "test": test},
         }
         made = write_bundle(run.bundle, parts.state.model, preprocessing=parts.preprocessing, card=card,
                             plan=plan.to_dict(), images=[index.file(int(val[i])) for i in order], served=_served(parts))  # fmt: skip
@@ -197,13 +245,15 @@ def report_stage(run: Run, parts: Parts, journal: Journal, test: dict[str, Any],
         rows = [{"name": "this model", "what": parts.plan.model.value, **test}]
         rows += [{"name": n.replace("_", " "), **r} for n, r in test["baselines"].items() if r]
         best = parts.state.progress.best or {}
+        gap = {"train": training_metrics(run), "val": best.get("metrics", {}), "test": test}
         facts = {
             "name": run.path.name, "data": audit["data"], "findings": audit["findings"],
             "decisions": parts.plan.to_dict()["decisions"], "test": test, "comparison": rows, "bundle": bundle,
             "gain": test["accuracy"] - probe["accuracy"] if probe else None,
             "training": f"{len(epochs)} epochs, {parts.state.progress.step} steps; the best state is that of epoch "
                         f"{best.get('epoch', 0) + 1}; {len(parts.state.progress.skipped)} updates left out.",
-            "rate": rate(run), "seconds": stage_seconds(events), "commands": commands(run),
+            "gap": {name: found for name, found in gap.items() if found}, "rate": rate(run),
+            "seconds": stage_seconds(events), "commands": commands(run),
             "versions": library_versions(), "time": judge_time(run, parts).to_dict(),
             "projection": describe_outcome(**compare_projection(run)),
             "checks": [c for e in events if e["event"] == "stage" for c in e.get("checks", ())],
@@ -251,6 +301,7 @@ def write_result(run: Run, parts: Parts, checkpoints: Checkpoints, test: dict[st
         "epochs": sum(e["event"] == "epoch" for e in events),
         "steps": progress.step,
         "metrics": {
+            "train": training_metrics(run),
             "val": progress.best["metrics"] if progress.best else {},
             "test": {k: test[k] for k in ("n", "low", "high", "look", "accuracy", "macro_f1", "loss")},
         },

@@ -13,7 +13,15 @@ from torch import nn
 
 from goodfit.api.assemble import Parts, assemble, execution, run_hashes
 from goodfit.api.decide import decide
-from goodfit.api.finish import bundle_stage, final_test, load_best, picture_stage, report_stage, write_result
+from goodfit.api.finish import (
+    bundle_stage,
+    final_test,
+    load_best,
+    picture_stage,
+    report_stage,
+    training_accuracy,
+    write_result,
+)
 from goodfit.api.folder import AUDIT, PLAN, SPLIT, Run, check_name, create_folder, data_name, open_run, save_request
 from goodfit.api.inspect import page_stage, suspect_stage
 from goodfit.api.prepare import base_plan, progress_of, read_and_audit, stage
@@ -113,8 +121,9 @@ def training(
 
 
 def finish(run: Run, parts: Parts, checkpoints: Checkpoints, journal: Journal) -> Run:
-    """From trained weights to a finished run: test, bundle, report. What is done already is not done again."""
+    """From trained weights to a finished run: gap to training, test, bundle, report. What is done is not done again."""
     load_best(parts, checkpoints)
+    training_accuracy(run, parts, journal)
     done = run.path / "test.json"
     test = read_json(done) if done.is_file() else final_test(run, parts, journal)
     bundle = bundle_stage(run, parts, journal, test)

@@ -27,6 +27,7 @@ BACKBONE_LR = (
 HEAD_LR = 10  # times the rate of a pretrained backbone
 EPOCHS = 300
 MOST_EPOCHS = 1200
+SWA_EPOCHS = 2  # the least that make an average
 
 
 def choose_recipe(choose: Chooser, facts: Facts, batch: int) -> dict[str, Decision[Any]]:
@@ -63,8 +64,7 @@ def choose_recipe(choose: Chooser, facts: Facts, batch: int) -> dict[str, Decisi
                        "single elements are limited instead" if clip_value.value else
                        "a guard against rare large gradients"),
         "clip_value": clip_value,
-        "ema": choose("ema", True, "the average of the last steps validates better than the last step"),
-        "swa": choose("swa", 0.0, "the moving average does the same"),
+        **_averages(choose, lengths["epochs"].value, schedule),
         "patience": outlast_a_cycle(patience, schedule),
         "min_delta": choose("min_delta", 0.001, "the guides' default, relative"),
     }  # fmt: skip
@@ -99,6 +99,66 @@ def _lengths(choose: Chooser) -> dict[str, Decision[Any]]:
             "most_epochs", MOST_EPOCHS, f"a run that still improves goes on to {2 * EPOCHS}, then {MOST_EPOCHS}"
         )
     return {"epochs": epochs, "most_epochs": most, "time": choose("time", 0.0, "no limit was asked for")}
+
+
+def _averages(choose: Chooser, epochs: int, schedule: dict[str, Decision[Any]]) -> dict[str, Decision[Any]]:
+    """The moving average of the weights, and stochastic weight averaging over the last part of the run.
+
+    Raises:
+        RequestError: the part is too short to average over, reaches into the warm-up, or meets a decay that was asked for.
+    """
+    ema = choose("ema", True, "the average of the last steps validates better than the last step")
+    swa = choose("swa", 0.0, "the moving average does the same")
+    if not swa.value:
+        return {"ema": ema, "swa": swa}
+    length = round(swa.value * epochs)
+    wsd = schedule["schedule"].value == "wsd"
+    asked = [name for name in ("decay", "lrf") if wsd and getattr(choose.request, name) is not None]
+    problem = ""
+    if length < SWA_EPOCHS:
+        problem = f"{swa.value:g} of {epochs} epochs is {length}, and an average needs {SWA_EPOCHS}"
+    elif epochs - length < schedule["warmup"].value:
+        problem = f"its {length} epochs would begin before the warm-up of {schedule['warmup'].value:g} has ended"
+    elif asked:
+        problem = f"the average takes the place of wsd's decay, so {asked[0]}= cannot be used"
+    if problem:
+        raise RequestError(f"swa={swa.value:g}: {problem}.", next="use another share, or swa=0")
+    if choose.request.swa is not None:
+        rate = "without wsd's decay" if wsd else "at the rate reached by then"
+        swa = replace(swa, reason=f"{swa.reason}: equal average of the epochs in this last share, {rate}, batch norm anew"
+                      f"{'; ends the moving average' if ema.value else ''}")  # fmt: skip
+    return {"ema": ema, "swa": swa}
+
+
+def _averages(choose: Chooser, epochs: int, schedule: dict[str, Decision[Any]]) -> dict[str, Decision[Any]]:
+    """The moving average of the weights, and stochastic weight averaging over the last part of the run.
+
+    Raises:
+        RequestError: the part is too short to average over, reaches into the warm-up, or meets a decay that was asked for.
+    """
+    ema = choose("ema", True, "the average of the last steps validates better than the last step")
+    swa = choose("swa", 0.0, "the moving average does the same")
+    if not swa.value:
+        return {"ema": ema, "swa": swa}
+    length = round(swa.value * epochs)
+    wsd = schedule["schedule"].value == "wsd"
+    asked = [name for name in ("decay", "lrf") if wsd and getattr(choose.request, name) is not None]
+    problem = ""
+    if length < SWA_EPOCHS:
+        problem = f"{swa.value:g} of {epochs} epochs is {length}, and an average needs {SWA_EPOCHS}"
+    elif epochs - length < schedule["warmup"].value:
+        problem = f"its {length} epochs would begin before the warm-up of {schedule['warmup'].value:g} has ended"
+    elif choose.request.time is not None:
+        problem = "a time budget moves the end of the run, before which it would begin"
+    elif asked:
+        problem = f"the average takes the place of wsd's decay, so {asked[0]}= cannot be used"
+    if problem:
+        raise RequestError(f"swa={swa.value:g}: {problem}.", next="use another share, or swa=0")
+    if choose.request.swa is not None:
+        rate = "without wsd's decay" if wsd else "at the rate reached by then"
+        swa = replace(swa, reason=f"{swa.reason}: equal average of the epochs in this last share, {rate}, batch norm anew"
+                      f"{'; ends the moving average' if ema.value else ''}")  # fmt: skip
+    return {"ema": ema, "swa": swa}
 
 
 def _transfer(choose: Chooser) -> dict[str, Decision[Any]]:

@@ -32,9 +32,14 @@ Tensors = dict[str, torch.Tensor]
 class Snapshot:
     """A state at one step, copied out of the running model, so that training can go on while it is written or kept."""
 
-    files: dict[str, Tensors]  # by file name: model, ema, optimizer, scaler
+    files: dict[str, Tensors]  # by file name: model, ema (an average, where one is validated), optimizer, scaler
     progress: dict[str, Any]
     pinned: bool = False
+
+    @property
+    def evaluated(self) -> Tensors:
+        """The tensors of the model that was validated: the average's, where there was one by then."""
+        return self.files.get("ema", self.files["model"])
 
     @property
     def name(self) -> str:
@@ -46,8 +51,8 @@ class Snapshot:
 def take_snapshot(state: TrainState, *, pinned: bool = False) -> Snapshot:
     """Copy a state to host memory."""
     files = {"model": _copy(state.model.state_dict()), "optimizer": _copy(optimizer_tensors(state.optimizer))}
-    if state.ema is not None:
-        files["ema"] = _copy(state.ema.model.state_dict())
+    if state.evaluated is not state.model:
+        files["ema"] = _copy(state.evaluated.state_dict())
     if state.loss_scale.active:
         files["scaler"] = _copy({"value": state.loss_scale.value, "good_steps": state.loss_scale.good_steps})
     return Snapshot(files, state.progress.to_dict(), pinned)
@@ -61,12 +66,12 @@ def restore(state: TrainState, snapshot: Snapshot) -> None:
     """Put a snapshot back into a state of the same plan."""
     state.model.load_state_dict(snapshot.files["model"])
     load_optimizer_tensors(state.optimizer, snapshot.files["optimizer"])
-    if state.ema is not None:
-        state.ema.model.load_state_dict(snapshot.files["ema"])
     if state.loss_scale.active:
         state.loss_scale.value.copy_(snapshot.files["scaler"]["value"])
         state.loss_scale.good_steps.copy_(snapshot.files["scaler"]["good_steps"])
     state.progress = Progress.from_dict(snapshot.progress)
+    if state.evaluated is not state.model:
+        state.evaluated.load_state_dict(snapshot.files["ema"])
 
 
 def tensors_sha256(files: dict[str, Tensors]) -> str:

@@ -33,6 +33,7 @@ from goodfit.engine.schedule import Schedule
 from goodfit.engine.state import TrainState, copy_buffers, restore_buffers
 from goodfit.engine.step import StepContext, StepRecord, train_step
 from goodfit.engine.stop import StopFlag
+from goodfit.engine.swa import average_weights
 
 MAX_BAD_STEPS = 20  # masked steps in a row that end the run
 EVENT_SECONDS = 0.5  # between two step events
@@ -89,6 +90,7 @@ def fit(
             continue  # the same batch again, in smaller parts
         epoch.drain()
         measured = epoch.finish(context)
+        average_weights(state, train, context)
         meter = evaluate(state.evaluated, val, task=context.task, transform=context.transform, device=context.device,
                          ranks=context.ranks, stop=stop)  # fmt: skip
         if meter is None:

@@ -83,14 +83,16 @@ def take_note(progress: Progress, metrics: dict[str, float], settings: FitSettin
 
 def is_plateau(progress: Progress, settings: FitSettings) -> bool:
     """Patience is spent, at a rate that has not begun to fall for good."""
-    stable = progress.schedule.is_stable(progress.step)
+    schedule = progress.schedule
+    stable = schedule.is_stable(progress.step) and not schedule.is_averaging(progress.step)
     allowed = settings.patience > 0 and progress.branch != COOL_DOWN and progress.reference is not None
     return allowed and stable and progress.bad_epochs >= settings.patience
 
 
 def cool_down(progress: Progress, steps_per_epoch: int) -> tuple[Schedule, int]:
     """The schedule of a cool-down from a state, over a fifth of the steps done but at least an epoch; and its epochs."""
-    epochs = max(1, math.ceil(COOL_DOWN_SHARE * progress.step / steps_per_epoch))
+    least = 1 if progress.schedule.averaging_from < 0 else 2  # one model is no average
+    epochs = max(least, math.ceil(COOL_DOWN_SHARE * progress.step / steps_per_epoch))
     return progress.schedule.cool_down(progress.step, epochs * steps_per_epoch), epochs
 
 
@@ -147,4 +149,7 @@ def lengthened(schedule: Schedule, total_steps: int) -> Schedule:
     closing = -1
     if schedule.closing_from >= 0:
         closing = total_steps - round(ratio * (schedule.total_steps - schedule.closing_from))
-    return replace(schedule, total_steps=total_steps, stable_until=total_steps - decay, closing_from=closing)
+    made = replace(schedule, total_steps=total_steps, stable_until=total_steps - decay, closing_from=closing)
+    if schedule.averaging_from >= 0:
+        made = made.averaging(round(ratio * (schedule.total_steps - schedule.averaging_from)))
+    return made

@@ -41,6 +41,7 @@ class Schedule:
         period: Steps; of plateau, validations without improvement that it waits.
         gamma: Factor on the rate, or on the height of a cycle.
         reductions: How often plateau has fallen.
+        averaging_from: Step from which weights are averaged equally, at the rate reached by then; -1 if they never are.
     """
 
     kind: str
@@ -55,6 +56,7 @@ class Schedule:
     period: int = 0
     gamma: float = 1.0
     reductions: int = 0
+    averaging_from: int = -1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "milestones", tuple(self.milestones))  # a list, where it comes from JSON
@@ -63,6 +65,17 @@ class Schedule:
         """Whether strong augmentation is off in an epoch that begins at `step`."""
         return 0 <= self.closing_from <= step
 
+    def is_averaging(self, step: int) -> bool:
+        """Whether the update that follows `step` updates belongs to the part whose weights are averaged equally."""
+        return 0 <= self.averaging_from <= step
+
+    def averaging(self, num_steps: int) -> Schedule:
+        """This schedule with stochastic weight averaging over its last `num_steps`: the rate stays as it is when they
+        begin, and `wsd` has no decay, so that it is the peak."""
+        start = self.total_steps - num_steps
+        stable = start if self.kind == "wsd" else self.stable_until
+        return replace(self, averaging_from=start, stable_until=stable)
+
     def is_stable(self, step: int) -> bool:
         """Whether training that no longer improves at `step` should be cooled down: not where wsd is falling anyway. All
         other schedules fall, or go up and down, from the start, and patience has the last word."""
@@ -70,6 +83,8 @@ class Schedule:
 
     def factor(self, step: int) -> float:
         """The factor on the peak learning rate for the update that follows `step` updates."""
+        if self.is_averaging(step):
+            step = self.averaging_from
         if self.kind == "onecycle":
             return self._one_cycle(step, ONE_CYCLE_START, 1.0, self.lrf)
         ramp = (step + 1 - self.begin) / (self.warmup_steps - self.begin) if step < self.warmup_steps else 1.0
@@ -95,11 +110,13 @@ class Schedule:
 
     def cool_down(self, step: int, num_steps: int) -> Schedule:
         """The schedule of a segment that starts at `step` and decays over the next `num_steps`, from the factor reached;
-        its second half closes, if this schedule would have closed."""
+        its second half closes, if this schedule would have closed. With weight averaging they are averaged instead, at a
+        constant rate."""
         reached = self.factor(step)
         return Schedule(kind="wsd", warmup_steps=0, stable_until=step, total_steps=step + num_steps,
                         lrf=0.0 if self.kind in CYCLIC else min(self.lrf, reached), start_factor=reached,
-                        closing_from=-1 if self.closing_from < 0 else step + num_steps // 2)  # fmt: skip
+                        closing_from=-1 if self.closing_from < 0 else step + num_steps // 2,
+                        averaging_from=-1 if self.averaging_from < 0 else step)  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the checkpoint."""

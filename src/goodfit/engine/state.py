@@ -39,6 +39,7 @@ class Progress:
         loss_sum, loss_count: Training loss of the epoch so far, summed over samples.
         skipped: Steps whose update was masked, with the rows of their samples.
         bad_in_a_row: Masked steps since the last good one.
+        num_averaged: Epochs whose weights are in the equal average; 0 before it begins.
         finished: Whether training is over.
         ended: Why: "schedule", "cool-down", "time budget"; "" while it goes on.
     """
@@ -63,6 +64,7 @@ class Progress:
     loss_count: int = 0
     skipped: list[dict[str, Any]] = field(default_factory=list)
     bad_in_a_row: int = 0
+    num_averaged: int = 0
     finished: bool = False
     ended: str = ""
 
@@ -100,13 +102,18 @@ class LossScale:
 
 @dataclass(slots=True)
 class TrainState:
-    """What training changes."""
+    """What training changes.
+
+    Attributes:
+        swa: The network that stochastic weight averaging fills: the moving average's, where there is one.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     ema: Ema | None
     loss_scale: LossScale
     progress: Progress
+    swa: nn.Module | None = None
 
     @property
     def step(self) -> int:
@@ -115,7 +122,10 @@ class TrainState:
 
     @property
     def evaluated(self) -> nn.Module:
-        """The model that is validated and kept: the average if there is one."""
+        """The model that is validated and kept: the average if there is one. The equal average takes over from the
+        moving one as soon as a model is in it."""
+        if self.swa is not None and self.progress.num_averaged > 0:
+            return self.swa
         return self.model if self.ema is None else self.ema.model
 
 

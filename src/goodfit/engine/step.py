@@ -85,7 +85,7 @@ def train_step(
     undo_update(optimizer, copies, bad)
     restore_buffers(model, buffers, bad, reads_are_free=device.reads_are_free)
     state.loss_scale.update(bad)
-    if state.ema is not None:
+    if state.ema is not None and not state.progress.schedule.is_averaging(state.step):
         state.ema.update(model, state.step, bad, reads_are_free=device.reads_are_free)
     state.progress.step += 1
     samples = np.concatenate([micro.samples for micro in group])

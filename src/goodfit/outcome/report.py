@@ -14,7 +14,8 @@ def write_report(target: Path, facts: dict[str, Any], pictures: dict[str, Path])
 
     Args:
         target: The HTML file.
-        facts: `name`, `data`, `findings`, `decisions`, `epochs`, `test`, `bundle`, `seconds`, `rate`, `checks` (of the
+        facts: `name`, `data`, `findings`, `decisions`, `epochs`, `test`, `gap` (loss, accuracy and
+            macro F1 by split), `bundle`, `seconds`, `rate`, `checks` (of the
             rehearsal), `time` (`Verdict.to_dict`), `projection` (a sentence) and `commands`.
         pictures: PNG files by name, put into the page as data URIs.
 

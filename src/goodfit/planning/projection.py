@@ -81,7 +81,7 @@ def project(
     epoch = None if pace is None else pace.epoch(steps_per_epoch, num_val)
     model = BYTES * (num_parameters + num_buffers)
     moments = MOMENTS[plan.optimizer.value] - (plan.optimizer.value in ("sgd", "rmsprop") and plan.momentum.value == 0)
-    checkpoint = model * (2 if plan.ema.value else 1) + BYTES * moments * num_parameters
+    checkpoint = model * (2 if plan.ema.value or plan.swa.value else 1) + BYTES * moments * num_parameters
     peak, last = num_checkpoints(plan)
     bundle = 2 * model  # safetensors and ONNX
     return Projection(

@@ -53,9 +53,13 @@ class ClassifyTask:
             total = nn.functional.cross_entropy(logits, target, reduction="sum", label_smoothing=self.label_smoothing)
             return {"loss": (total, len(logits))}
         weights = self.class_weights.to(logits.device)
-        each = nn.functional.cross_entropy(logits, target, reduction="none", label_smoothing=self.label_smoothing)
-        share = weights[target] if target.ndim == 1 else target @ weights
-        return {"loss": ((each * share).sum(), share.sum())}
+        if target.ndim == 1:
+            target = nn.functional.one_hot(target, len(weights)).to(torch.float32)
+        losses = -logits.log_softmax(dim=1)  # of each class that a sample may be of
+        if self.label_smoothing:
+            losses = torch.lerp(losses, losses.mean(dim=1, keepdim=True), self.label_smoothing)
+        shares = target * weights  # a mixed sample is two: each class's share counts by that class's weight
+        return {"loss": ((shares * losses).sum(), shares.sum())}
 
     def predict(self, model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
         """Logits, float32, shape (N, classes)."""
