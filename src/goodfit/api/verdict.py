@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from goodfit.api.assemble import Parts
+from goodfit.api.assemble import FitParts
 from goodfit.api.folder import Run
 from goodfit.api.prepare import stage
 from goodfit.core.history import bare_rate
@@ -20,7 +20,7 @@ from goodfit.planning.pace import Pace, measure_pace
 from goodfit.planning.projection import Projection, check_disk, measure_outcome, project
 
 
-def disk_stage(folder: Path, parts: Parts, *, resumed: bool = False) -> None:
+def disk_stage(folder: Path, parts: FitParts, *, resumed: bool = False) -> None:
     """Refuse, before anything is decoded or trained, a run for which the disk is too small.
 
     Args:
@@ -30,13 +30,12 @@ def disk_stage(folder: Path, parts: Parts, *, resumed: bool = False) -> None:
     Raises:
         StorageError: less is free than it needs.
     """
-    to_write = parts.plan.cache.value == "disk" and parts.store.num_bytes > 0 and not parts.store.path.is_file()
     present = folder_bytes(folder / "checkpoints") + folder_bytes(folder / "bundle") if resumed else None
-    check_disk(project_run(parts, None), folder, cache_here=to_write and _same_disk(folder, cache_folder()),
+    check_disk(project_run(parts, None), folder, cache_here=parts.cache_is_missing and _same_disk(folder, cache_folder()),
                present=present, trained=resumed and has_finished(folder / "checkpoints"))  # fmt: skip
 
 
-def project_run(parts: Parts, pace: Pace | None) -> Projection:
+def project_run(parts: FitParts, pace: Pace | None) -> Projection:
     """The projection of a run from its parts and its measured pace; None if that is unknown.
 
     Memory is what was taken with all that an epoch does, and the validation pictures that will be kept besides.
@@ -45,12 +44,12 @@ def project_run(parts: Parts, pace: Pace | None) -> Projection:
     return project(
         parts.plan, num_val=len(parts.val.rows), steps_per_epoch=parts.train.steps_per_epoch,
         num_parameters=sum(p.numel() for p in model.parameters()), num_buffers=sum(b.numel() for b in model.buffers()),
-        pace=pace, cache=parts.store.num_bytes,
+        pace=pace, cache=parts.cache_bytes,
         memory=None if pace is None else pace.memory + (parts.val.bytes_to_keep if parts.plan.device.value == "cpu" else 0),
     )  # fmt: skip
 
 
-def projection_stage(run: Run, parts: Parts, journal: Journal) -> None:
+def projection_stage(run: Run, parts: FitParts, journal: Journal) -> None:
     """Say once, before the first epoch, what the run will cost at most; measured where it was rehearsed."""
     events = run.events
     if any(e["event"] == "stage" and e["name"] == "projection" for e in events):
@@ -66,7 +65,7 @@ def projection_stage(run: Run, parts: Parts, journal: Journal) -> None:
     journal.emit("stage", name="projection", text=made.describe(free), free=free, projected=made.to_dict())
 
 
-def _pace(run: Run, parts: Parts, rate: float) -> Pace | None:
+def _pace(run: Run, parts: FitParts, rate: float) -> Pace | None:
     """The run's pace; None where its copies found no room: training itself, which needs less, deals with that."""
     try:
         return measure_pace(parts.state, parts.context, parts.train, parts.val, folder=run.path, bare_rate=rate,
@@ -77,12 +76,12 @@ def _pace(run: Run, parts: Parts, rate: float) -> Pace | None:
         return None
 
 
-def time_stage(run: Run, parts: Parts, journal: Journal) -> None:
+def time_stage(run: Run, parts: FitParts, journal: Journal) -> None:
     """Say after training where its time went."""
     journal.emit("stage", name="time", text=judge_time(run, parts).describe())
 
 
-def judge_time(run: Run, parts: Parts) -> Verdict:
+def judge_time(run: Run, parts: FitParts) -> Verdict:
     """The verdict on a run's time, from its events."""
     events = run.events
     epochs = [e for e in events if e["event"] == "epoch"]
