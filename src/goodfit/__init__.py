@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from goodfit.api.demo import demo
+    from goodfit.api.fit import fit
     from goodfit.api.folder import Run
     from goodfit.api.predict import predict
     from goodfit.api.train import audit, plan, resume, test, train
@@ -45,6 +46,7 @@ _HOMES = {
     "WeightsError": "core.errors",
     "audit": "api.train",
     "demo": "api.demo",
+    "fit": "api.fit",
     "plan": "api.train",
     "predict": "api.predict",
     "resume": "api.train",
@@ -65,6 +67,7 @@ __all__ = [
     "WeightsError",
     "audit",
     "demo",
+    "fit",
     "plan",
     "predict",
     "resume",

@@ -281,6 +281,18 @@ def as_batch(data: Any, rows: Chunk) -> dict[str, Any]:
     return {"data": data, "rows": torch.from_numpy(rows)}
 
 
+class NoTransform:
+    """The batch as the dataset made it."""
+
+    def train(self, batch: Any, **_keys: Any) -> Any:
+        """The same batch."""
+        return batch
+
+    def evaluate(self, batch: Any) -> Any:
+        """The same batch."""
+        return batch
+
+
 @dataclass(frozen=True, slots=True)
 class _Chunks:
     """One item per micro-batch, for torch's DataLoader, which only starts processes and keeps the order."""

@@ -27,7 +27,8 @@ def plot_results(epochs: Sequence[Event], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 3)
     names = [name for name in epochs[0]["val"] if name != "loss"]
-    shown = [(f"val {name.replace('macro_f1', 'macro F1')}", COLOURS["train" if k % 2 else "metric"], [float(e["val"][name]) for e in epochs])
+    colours = [COLOURS["metric"], COLOURS["train"], *(f"C{k}" for k in range(5, 10))]
+    shown = [(f"val {name.replace('macro_f1', 'macro F1')}", colours[k % len(colours)], [float(e["val"][name]) for e in epochs])
              for k, name in enumerate(names)]  # fmt: skip
     panels: list[tuple[str, list[tuple[str, str, list[float]]]]] = [
         ("loss", [("train", COLOURS["train"], [float(e["train_loss"]) for e in epochs]),
