@@ -115,4 +115,4 @@ def resolve_module(request: TrainRequest, facts: Facts, base: Plan | None = None
 
 def decided(plan: Plan) -> dict[str, Decision[Any]]:
     """The decisions that mean something for a module."""
-    return {name: decision for name, decision in plan.decisions().items() if name not in NEUTRAL}
+    return {name: decision for name, decision in plan.decisions().items() if name not in (*NEUTRAL, "head_lr")}
