@@ -50,9 +50,10 @@ class Net(nn.Module):
 
 
 def train(project: str, seconds: float = 0.0, *, start: int = 0, **asked) -> goodfit.Run:
+    more = asked if "resume" in asked else {"project": project} | OPTIONS | asked
     torch.manual_seed(start)  # of the weights that are handed over
     return goodfit.fit(Net(), Vectors(120, seconds), Vectors(40, seed=1), loss=nn.CrossEntropyLoss(), metrics=["accuracy"],
-                       **(({"project": project} | OPTIONS) | asked))  # fmt: skip
+                       **more)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A user's own samples, losses and options: the same in any process, exact over micro-batches, refused with one clear error."""
 
 import copy
+import itertools
 import random
 
 import numpy as np
@@ -33,6 +34,8 @@ from goodfit.planning.tensors import tensors_of
 from goodfit.tasks.module import ModuleTask
 from goodfit.tasks.pair_loss import PairLoss
 from goodfit.testing import ToyTask, make_dataset
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more processes than processors, here or there
 
 
 class Noisy:
@@ -176,7 +179,7 @@ def pairs():
     yield "function", lambda o, t: (o - t).square().mean(dim=1).sqrt().mean(), logits, shares
 
 
-@pytest.mark.parametrize("case", pairs(), ids=lambda case: case[0])
+@pytest.mark.parametrize("case", list(pairs()), ids=lambda case: case[0])
 def test_a_loss_in_parts_is_the_mean_that_it_gives_itself(case):
     _, loss, output, target = case
     pair = PairLoss(loss)
@@ -219,7 +222,7 @@ def stepped(task, batches, num_steps=3):
 
 def of(x, y, cuts):
     edges = [0, *cuts, len(x)]
-    return [MicroBatch(np.arange(a, b), {"data": (x[a:b], y[a:b]), "rows": torch.arange(a, b)}) for a, b in zip(edges, edges[1:], strict=False)]
+    return [MicroBatch(np.arange(a, b), {"data": (x[a:b], y[a:b]), "rows": torch.arange(a, b)}) for a, b in itertools.pairwise(edges)]
 
 
 @pytest.mark.parametrize("kind", ["weights and ignored", "function", "terms"])
@@ -301,7 +304,8 @@ def test_the_toy_task_learns_and_the_toy_dataset_can_be_read(tmp_path):
     scores = []
     for network in (before, model):
         meter = task.meter()
-        meter.update(task.predict(network, micro.data), micro.data)
+        with torch.inference_mode():
+            meter.update(task.predict(network, micro.data), micro.data)
         scores.append(meter.compute()["accuracy"])
     assert scores[1] > max(0.9, scores[0])
     made = read_dataset(make_dataset(tmp_path / "bars", per_class=4), How())

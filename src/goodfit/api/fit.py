@@ -31,6 +31,7 @@ from goodfit.core.errors import RequestError
 from goodfit.core.journal import Journal
 from goodfit.core.lock import run_lock
 from goodfit.core.safeio import read_json, write_json
+from goodfit.data.loader import MicroBatch
 from goodfit.data.samples import Collate, random_state_kept
 from goodfit.engine import loop
 from goodfit.engine.checkpoint import take_snapshot
@@ -98,9 +99,7 @@ def fit(
         folder = create_folder(request, type(module).__name__.lower())
         with run_lock(folder), recorded(journal, folder, resume=RESUME):
             save_request(folder, request)
-            write_json(folder / AUDIT, {"data": {"task": "module", "splits": facts["data"]}, "findings": []})
-            write_json(folder / RUN_FACTS, facts)
-            write_json(folder / PLAN, plan.to_dict())
+            _save_facts(folder, plan, facts)
             journal.emit("run", path=str(folder))
             return _train(Run(folder), module, plan, task, splits, facts, journal)
 
@@ -130,6 +129,12 @@ def _facts(module: nn.Module, task: ModuleTask, splits: Splits) -> dict[str, Any
             "loss": task.loss_name, "metrics": list(task.metrics)}  # fmt: skip
 
 
+def _save_facts(folder: Path, plan: Plan, facts: Mapping[str, Any]) -> None:
+    write_json(folder / AUDIT, {"data": {"task": "module", "splits": facts["data"]}, "findings": []})
+    write_json(folder / RUN_FACTS, facts)
+    write_json(folder / PLAN, plan.to_dict())
+
+
 def _resume(
     run: Run, module: nn.Module, task: ModuleTask, given: tuple[Any, Any, Any, Collate | None], journal: Journal,
     asked: Mapping[str, Any],
@@ -140,7 +145,7 @@ def _resume(
         raise RequestError("This is not a run of goodfit.fit.", where=str(run.path), next=f"goodfit resume {run.path}")
     request = read_module_request(asked)
     free = {name: value for name in ("workers", "prefetch") if (value := getattr(request, name)) is not None}
-    other = [name for name in asked if name not in ("workers", "num_workers", "prefetch", "prefetch_factor")]
+    other = [name for name, value in asked.items() if value is not None and name not in ("workers", "num_workers", "prefetch", "prefetch_factor")]
     if other:
         raise RequestError(f"resume= goes on as that run was planned: {', '.join(other)} cannot change.", where=str(run.path),
                            next="leave it out, or start a new run without resume=")  # fmt: skip
@@ -202,7 +207,7 @@ def _rehearsal_stage(parts: ModuleParts, journal: Journal, folder: Path) -> None
 
 def _rehearse(parts: ModuleParts) -> Rehearsal:
     start = time.monotonic()
-    batches = []
+    batches: list[Sequence[MicroBatch]] = []
     for number in range(min(NUM_BATCHES, parts.train.steps_per_epoch)):
         if batches and time.monotonic() - start > LOADING_SECONDS:
             break

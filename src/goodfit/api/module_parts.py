@@ -265,8 +265,9 @@ def try_once(parts: ModuleParts) -> list[str]:
     batch = context.device.move(few.data)
     try:
         with torch.no_grad(), context.device.autocast():
-            terms = parts.task.loss(model.train(), batch)
             outputs = parts.task.predict(model.eval(), batch)
+            _check_targets(parts, outputs)  # before the loss: on a GPU a wrong class number ends the process's use of it
+            terms = parts.task.loss(model.train(), batch)
         meter = parts.task.meter()
         meter.update(outputs, batch)
         figures = meter.compute()
@@ -275,7 +276,6 @@ def try_once(parts: ModuleParts) -> list[str]:
     except Exception as error:
         raise RequestError(f"The module or its loss does not take a batch: {type(error).__name__}: {error}",
                            where=_shapes(few.data["data"]), next="call the loss on module(inputs) by hand, with inputs of this kind") from error  # fmt: skip
-    _check_targets(parts, outputs)
     if not all(bool(torch.isfinite(total)) for total, _ in terms.values()):
         bad = [place for place, value in leaves(few.data["data"]).items() if not _is_finite(value)]
         said = f": `{'`, `'.join(bad)}` holds values that are not finite" if bad else ", and the data is finite"

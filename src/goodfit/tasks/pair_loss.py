@@ -41,7 +41,7 @@ class PairLoss:
     """
 
     def __init__(self, loss: Callable[..., Any]) -> None:
-        made = _MODULES[loss]() if getattr(loss, "__hash__", None) is not None and loss in _MODULES else loss
+        made: Any = _MODULES[loss]() if getattr(loss, "__hash__", None) is not None and loss in _MODULES else loss
         self.name = repr(loss) if isinstance(loss, nn.Module) else getattr(loss, "__qualname__", type(loss).__name__)
         if not callable(loss) or isinstance(loss, type):
             what = f"the class {loss.__name__}" if isinstance(loss, type) else f"of type {type(loss).__name__}"
@@ -58,7 +58,7 @@ class PairLoss:
         self.exact = self._kind is not None
         self.takes_logits = self._kind is nn.CrossEntropyLoss
         self.ignored = int(getattr(made, "ignore_index", -100))
-        self._loss = copy.deepcopy(made) if self.exact else made
+        self._loss: Any = copy.deepcopy(made) if self.exact else made
         if self.exact:
             self._loss.reduction = "sum"
 
