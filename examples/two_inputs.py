@@ -21,7 +21,9 @@ class Questions(torch.utils.data.Dataset):
         digit, question = int(self.digits[number // 3]), number % 3
         image = torch.tensor(self.images[number // 3], dtype=torch.float32)[None]
         if self.moved:
-            image = image.roll(int(torch.randint(-1, 2, ())), dims=2)  # seeded for each sample: a resumed run draws the same
+            image = image.roll(
+                int(torch.randint(-1, 2, ())), dims=2
+            )  # seeded for each sample: a resumed run draws the same
         answer = (digit % 2 == 0, digit > 4, digit % 3 == 0)[question]
         return {"image": image, "tokens": torch.tensor([question])}, int(answer)
 
@@ -32,7 +34,10 @@ class Both(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.see = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 64))
-        self.read, self.head = nn.EmbeddingBag(3, 64), nn.Sequential(nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 2))
+        self.read, self.head = (
+            nn.EmbeddingBag(3, 64),
+            nn.Sequential(nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 2)),
+        )
 
     def forward(self, image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         return self.head(torch.cat((self.see(image), self.read(tokens)), dim=1))

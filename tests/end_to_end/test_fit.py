@@ -21,7 +21,9 @@ from goodfit.engine.checkpoint import tensors_sha256
 from own_module import Net, Vectors
 from pictures import REPOSITORY
 
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more processes than processors, here or there
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This DataLoader will create"
+)  # more processes than processors, here or there
 
 
 def digest(module):
@@ -55,11 +57,17 @@ def test_it_learns_and_the_best_weights_are_in_the_module(tmp_path, capfd):
     assert not module.training and digest(module) == result["weights_sha256"]
     x, y = data[1]
     assert float((module(x).argmax(1) == y).float().mean()) == pytest.approx(result["metrics"]["val"]["accuracy"])
-    assert result["metrics"]["val"]["accuracy"] == max(e["val"]["accuracy"] for e in run.events if e["event"] == "epoch")
+    assert result["metrics"]["val"]["accuracy"] == max(
+        e["val"]["accuracy"] for e in run.events if e["event"] == "epoch"
+    )
     (rehearsed,) = [e for e in run.events if e["event"] == "stage" and e["name"] == "rehearse"]
-    assert {"gradients", "samples apart", "overfit a few samples", "subset run"} <= {c["name"] for c in rehearsed["checks"]}
+    assert {"gradients", "samples apart", "overfit a few samples", "subset run"} <= {
+        c["name"] for c in rehearsed["checks"]
+    }
     page = (run.path / "report.html").read_text()
-    assert "Accuracy" not in page and "not exported to" in page and f"{result['metrics']['test']['accuracy']:.4g}" in page
+    assert (
+        "Accuracy" not in page and "not exported to" in page and f"{result['metrics']['test']['accuracy']:.4g}" in page
+    )
     told = capfd.readouterr().err
     assert "img" not in told and "imgsz" not in told and "acc " in told
     assert run.plan.monitor.source == "asked" and run.plan.precision.value == "fp32" and run.plan.imgsz.value == 0
@@ -113,7 +121,10 @@ def test_stopped_in_mid_epoch_and_resumed_to_the_same_bits(uninterrupted, tmp_pa
     else:
         assert process.returncode == -signal.SIGKILL
     result = own_module.train("", start=9, resume=run, workers=2 - workers).result
-    assert (result["state_sha256"], result["weights_sha256"]) == (uninterrupted["state_sha256"], uninterrupted["weights_sha256"])
+    assert (result["state_sha256"], result["weights_sha256"]) == (
+        uninterrupted["state_sha256"],
+        uninterrupted["weights_sha256"],
+    )
     epochs = [e for e in goodfit.Run(run).events if e["event"] == "epoch"]
     assert [e["epoch"] for e in epochs] == [0, 1, 2]
 
@@ -206,8 +217,14 @@ def test_what_is_wrong_is_said_in_one_error_and_nothing_is_changed(case, tmp_pat
     with pytest.raises(error, match=text) as raised:
         goodfit.fit(module, train, val, **({"loss": nn.CrossEntropyLoss(), "project": str(tmp_path / "runs")} | more))
     assert type(raised.value) is error or isinstance(raised.value, goodfit.TrainingError)
-    assert before == digest(module) and training == getattr(module, "training", None) and torch.equal(state, torch.get_rng_state())
-    assert (tmp_path / "runs").exists() == (error is goodfit.TrainingError), "a folder is left where nothing was planned"
+    assert (
+        before == digest(module)
+        and training == getattr(module, "training", None)
+        and torch.equal(state, torch.get_rng_state())
+    )
+    assert (tmp_path / "runs").exists() == (error is goodfit.TrainingError), (
+        "a folder is left where nothing was planned"
+    )
 
 
 @pytest.mark.parametrize(("example", "least"), [("mlp_tensors", 0.93), ("lstm_tokens", 0.97), ("two_inputs", 0.8)])

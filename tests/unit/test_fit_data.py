@@ -14,13 +14,13 @@ from goodfit.config.module import read_module_request
 from goodfit.config.monitor import read_monitor
 from goodfit.core.errors import DataError, RequestError
 from goodfit.data.loader import MicroBatch
+from goodfit.data.nested import collate_samples
 from goodfit.data.samples import (
     ItemSamples,
     NoTransform,
     SampleLoader,
     SampleReader,
     TensorSamples,
-    collate_samples,
     read_samples,
 )
 from goodfit.engine.device import DevicePolicy
@@ -35,7 +35,9 @@ from goodfit.tasks.module import ModuleTask
 from goodfit.tasks.pair_loss import PairLoss
 from goodfit.testing import ToyTask, make_dataset
 
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more processes than processors, here or there
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This DataLoader will create"
+)  # more processes than processors, here or there
 
 
 class Noisy:
@@ -77,7 +79,12 @@ def test_a_dataset_gives_the_same_samples_with_any_workers_from_any_position():
 
 
 def test_ranks_share_every_batch_and_evaluation_takes_each_sample_once():
-    rows = [m.samples for r in range(2) for g in SampleLoader(read(Noisy()), batch=8, seed=0, rank=r, size=2).groups(0, 0, 1) for m in g]
+    rows = [
+        m.samples
+        for r in range(2)
+        for g in SampleLoader(read(Noisy()), batch=8, seed=0, rank=r, size=2).groups(0, 0, 1)
+        for m in g
+    ]
     alone = [m.samples for g in SampleLoader(read(Noisy()), batch=8, seed=0).groups(0, 0, 1) for m in g]
     assert sorted(np.concatenate(rows)) == sorted(np.concatenate(alone)) and len(np.unique(np.concatenate(alone))) == 16
     seen = [m.samples for r in range(2) for m in SampleReader(read(Noisy()), batch=5, seed=0, rank=r, size=2)]
@@ -104,8 +111,12 @@ def test_nested_tensors_and_samples_make_the_same_batches():
 
 def test_numpy_doubles_become_what_the_module_has_and_python_floats_are_single():
     assert read((np.zeros((4, 2)), np.zeros(4))).data[0].dtype == torch.float32
-    assert read_samples((np.zeros((4, 2)),), "train", collate_samples, floats=torch.float64).data[0].dtype == torch.float64
-    assert collate_samples([(1.5, 2), (2.5, 3)])[0].dtype == torch.float32 and collate_samples([1, 2]).dtype == torch.int64
+    assert (
+        read_samples((np.zeros((4, 2)),), "train", collate_samples, floats=torch.float64).data[0].dtype == torch.float64
+    )
+    assert (
+        collate_samples([(1.5, 2), (2.5, 3)])[0].dtype == torch.float32 and collate_samples([1, 2]).dtype == torch.int64
+    )
 
 
 class Stream(IterableDataset):
@@ -169,7 +180,12 @@ def pairs():
     yield "smooth", nn.CrossEntropyLoss(weight=weight, label_smoothing=0.2), logits, classes
     yield "dense", nn.CrossEntropyLoss(ignore_index=2), many, dense
     yield "shares", nn.CrossEntropyLoss(weight=weight), logits, shares
-    yield "nll", nn.NLLLoss(weight=weight, ignore_index=255), logits.log_softmax(1), classes.masked_fill(classes == 3, 255)
+    yield (
+        "nll",
+        nn.NLLLoss(weight=weight, ignore_index=255),
+        logits.log_softmax(1),
+        classes.masked_fill(classes == 3, 255),
+    )
     yield "mse", nn.functional.mse_loss, logits, shares
     yield "bce", nn.BCEWithLogitsLoss(weight=weight, pos_weight=weight), logits, (shares > 0.2).float()
     yield "huber", nn.HuberLoss(delta=0.1), logits, shares
@@ -222,7 +238,10 @@ def stepped(task, batches, num_steps=3):
 
 def of(x, y, cuts):
     edges = [0, *cuts, len(x)]
-    return [MicroBatch(np.arange(a, b), {"data": (x[a:b], y[a:b]), "rows": torch.arange(a, b)}) for a, b in itertools.pairwise(edges)]
+    return [
+        MicroBatch(np.arange(a, b), {"data": (x[a:b], y[a:b]), "rows": torch.arange(a, b)})
+        for a, b in itertools.pairwise(edges)
+    ]
 
 
 @pytest.mark.parametrize("kind", ["weights and ignored", "function", "terms"])
@@ -233,6 +252,7 @@ def test_accumulation_is_exact_in_double(kind):
     if kind == "function":
         task = ModuleTask(loss=lambda o, t: (o[torch.arange(len(t)), t.clamp(min=0)] - 1).abs().mean())
     elif kind == "terms":
+
         def terms(module, batch):
             made = module(batch[0])
             return {"class": (nn.functional.cross_entropy(made, batch[1], reduction="sum"), (batch[1] >= 0).sum()),
@@ -273,7 +293,9 @@ def test_what_is_better_follows_from_the_name_or_the_sign():
 
 
 def test_the_meter_merges_to_the_same_and_keeps_terms_apart():
-    task = ModuleTask(loss=nn.CrossEntropyLoss(), metrics={"accuracy": "accuracy", "top": lambda o, t: o.argmax(1) == t})
+    task = ModuleTask(
+        loss=nn.CrossEntropyLoss(), metrics={"accuracy": "accuracy", "top": lambda o, t: o.argmax(1) == t}
+    )
     x, y = torch.randn(9, 5), torch.randint(0, 5, (9,))
     whole, meters = task.meter(), [task.meter(), task.meter()]
     whole.update(x, {"data": (x, y), "rows": y})
@@ -298,7 +320,9 @@ def test_the_toy_task_learns_and_the_toy_dataset_can_be_read(tmp_path):
     state = TrainState(model, build_optimizer(model, [ParameterGroup("all", ("weight", "bias"), 0.1, 0.0)], kind="adamw", momentum=0.9),
                        None, LossScale(torch.device("cpu"), active=False),
                        Progress(Schedule(kind="wsd", warmup_steps=0, stable_until=99, total_steps=99, lrf=0.0)))  # fmt: skip
-    context = StepContext(task, NoTransform(), DevicePolicy(kind="cpu", precision="fp32", channels_last=False), Ranks(), 0, 1.0)
+    context = StepContext(
+        task, NoTransform(), DevicePolicy(kind="cpu", precision="fp32", channels_last=False), Ranks(), 0, 1.0
+    )
     for _ in range(60):
         train_step(state, context, [micro], 1.0, [])
     scores = []

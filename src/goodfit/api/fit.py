@@ -145,7 +145,11 @@ def _resume(
         raise RequestError("This is not a run of goodfit.fit.", where=str(run.path), next=f"goodfit resume {run.path}")
     request = read_module_request(asked)
     free = {name: value for name in ("workers", "prefetch") if (value := getattr(request, name)) is not None}
-    other = [name for name, value in asked.items() if value is not None and name not in ("workers", "num_workers", "prefetch", "prefetch_factor")]
+    other = [
+        name
+        for name, value in asked.items()
+        if value is not None and name not in ("workers", "num_workers", "prefetch", "prefetch_factor")
+    ]
     if other:
         raise RequestError(f"resume= goes on as that run was planned: {', '.join(other)} cannot change.", where=str(run.path),
                            next="leave it out, or start a new run without resume=")  # fmt: skip

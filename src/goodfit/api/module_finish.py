@@ -64,7 +64,9 @@ def _test(run: Run, parts: ModuleParts, journal: Journal) -> dict[str, Any]:
         sealed = read_json(run.path / RUN_FACTS)["data"]["test"]
         digest = tensors_sha256({"": dict(parts.state.model.state_dict())})
         look = count_look(run.path.parent, sealed["sha256"], run=run.path.name, weights_sha256=digest)
-        precise = DevicePolicy(kind=parts.plan.device.value, precision="fp32", channels_last=parts.plan.channels_last.value)
+        precise = DevicePolicy(
+            kind=parts.plan.device.value, precision="fp32", channels_last=parts.plan.channels_last.value
+        )
         meter = evaluate(parts.state.model, parts.reader(samples), task=parts.task, transform=parts.context.transform,
                          device=precise, ranks=parts.context.ranks)  # fmt: skip
         assert isinstance(meter, MeanMeter)

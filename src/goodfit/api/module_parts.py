@@ -25,6 +25,7 @@ from goodfit.config.request import TrainRequest
 from goodfit.core.errors import DataError, GoodfitError, RequestError
 from goodfit.core.journal import Journal
 from goodfit.data.loader import MicroBatch
+from goodfit.data.nested import collate_samples, leaves
 from goodfit.data.samples import (
     Collate,
     ItemSamples,
@@ -33,8 +34,6 @@ from goodfit.data.samples import (
     SampleReader,
     Samples,
     TensorSamples,
-    collate_samples,
-    leaves,
     read_samples,
 )
 from goodfit.engine.device import DevicePolicy, compile_in_place, find_machine
@@ -109,9 +108,14 @@ def check_module(module: Any) -> None:
     if not any(p.requires_grad for p in module.parameters()):
         raise RequestError("The module has no parameters that can be trained.",
                            next="register them as nn.Parameter, in nn.ModuleList and not in lists; requires_grad_(True)")  # fmt: skip
-    low = next((f"{n} is {p.dtype}" for n, p in module.named_parameters() if p.dtype not in (torch.float32, torch.float64)), None)
+    low = next(
+        (f"{n} is {p.dtype}" for n, p in module.named_parameters() if p.dtype not in (torch.float32, torch.float64)),
+        None,
+    )
     if low is not None:
-        raise RequestError(f"The weights must be float32 or float64: {low}.", next="module.float(), and precision=bf16 or fp16")
+        raise RequestError(
+            f"The weights must be float32 or float64: {low}.", next="module.float(), and precision=bf16 or fp16"
+        )
     apart = next((name for name, value in module.state_dict().items() if not isinstance(value, torch.Tensor)), None)
     if apart is not None:
         raise RequestError(f"The module's state holds what is no tensor, and so cannot be kept: {apart}.")
@@ -143,7 +147,9 @@ def read_splits(
     with stage(journal, "data") as note:
         for name, given in (("train", train), ("val", val)):
             if given is None:
-                raise RequestError(f"{name}= is missing.", next="pass train= and val=, and test= to be tested once at the end")
+                raise RequestError(
+                    f"{name}= is missing.", next="pass train= and val=, and test= to be tested once at the end"
+                )
         read = {n: read_samples(d, n, collate or collate_samples, floats=floats)
                 for n, d in (("train", train), ("val", val), ("test", test)) if d is not None}  # fmt: skip
         splits = Splits(read["train"], read["val"], read.get("test"))
@@ -178,7 +184,9 @@ def assemble_module(
 ) -> ModuleParts:
     """Build everything around a copy of the module, on the plan's device."""
     ranks = Ranks()
-    device = DevicePolicy(kind=plan.device.value, precision=plan.precision.value, channels_last=plan.channels_last.value)
+    device = DevicePolicy(
+        kind=plan.device.value, precision=plan.precision.value, channels_last=plan.channels_last.value
+    )
     train = SampleLoader(splits.train, batch=plan.batch.value, seed=plan.seed.value, workers=plan.workers.value,
                          prefetch=plan.prefetch.value, rank=ranks.rank, size=ranks.size)  # fmt: skip
     copied = device.place(copy.deepcopy(module)).train()
@@ -249,7 +257,9 @@ def _measured(request: TrainRequest, facts: Facts, parts: ModuleParts) -> Facts:
     start = time.monotonic()
     costs = measure_ways_here(parts.state.model, parts.context, parts.optimizer_for, group,
                               ways_to_execute(plan, facts.machine), seconds=MEASURE_SECONDS, ema=plan.ema.value)  # fmt: skip
-    return replace(facts, measured=Measured(batch=plan.batch.value, steps=tuple(costs), seconds=time.monotonic() - start))
+    return replace(
+        facts, measured=Measured(batch=plan.batch.value, steps=tuple(costs), seconds=time.monotonic() - start)
+    )
 
 
 def try_once(parts: ModuleParts) -> list[str]:
@@ -266,7 +276,9 @@ def try_once(parts: ModuleParts) -> list[str]:
     try:
         with torch.no_grad(), context.device.autocast():
             outputs = parts.task.predict(model.eval(), batch)
-            _check_targets(parts, outputs)  # before the loss: on a GPU a wrong class number ends the process's use of it
+            _check_targets(
+                parts, outputs
+            )  # before the loss: on a GPU a wrong class number ends the process's use of it
             terms = parts.task.loss(model.train(), batch)
         meter = parts.task.meter()
         meter.update(outputs, batch)

@@ -87,7 +87,9 @@ def _batch_reason(num_train: int) -> str:
     size = usual_batch(num_train)
     if size == BATCH:
         return "the guides' default"
-    return f"{num_train:,} training samples: {num_train // size} updates an epoch rather than {num_train // BATCH} at 64"
+    return (
+        f"{num_train:,} training samples: {num_train // size} updates an epoch rather than {num_train // BATCH} at 64"
+    )
 
 
 def _check_batch(batch: Decision[int], accumulate: Decision[int], data: DataFacts) -> None:
@@ -207,7 +209,9 @@ def _arithmetic(choose: Chooser, facts: Facts, epochs: int) -> tuple[Decision[st
         usual = ("fp32", "no fast half precision on this device")
     last = machine.device != "mps" and not own
     precision = choose("precision", *usual)
-    channels_last = choose("channels_last", last, "faster convolutions" if last else "left as it is" if own else "slower on this device")
+    channels_last = choose(
+        "channels_last", last, "faster convolutions" if last else "left as it is" if own else "slower on this device"
+    )
     compiled = choose(
         "compile", "off", "compiling takes time at the start of every run: not measured where that is short"
     )

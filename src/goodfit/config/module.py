@@ -92,7 +92,9 @@ def resolve_module(request: TrainRequest, facts: Facts, base: Plan | None = None
         RequestError: asked values contradict each other or the facts.
     """
     if base is not None and base.task.value != "module":
-        raise RequestError(f"plan={request.plan}: this is the plan of an image run.", next="give the plan of an earlier goodfit.fit")
+        raise RequestError(
+            f"plan={request.plan}: this is the plan of an image run.", next="give the plan of an earlier goodfit.fit"
+        )
     choose = Chooser(request, base)
     batch, accumulate = choose_batch(choose, facts)
     recipe = choose_recipe(choose, facts, batch.value)

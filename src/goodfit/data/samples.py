@@ -22,6 +22,7 @@ import torch.utils.data
 from goodfit.core.errors import DataError, RequestError
 from goodfit.core.random import derive_seed, stream
 from goodfit.data.loader import MicroBatch, _ignore_signals, epoch_order
+from goodfit.data.nested import leaves
 
 _SAMPLE = stream("sample")
 MOST_SAMPLES = 100_000  # of an iterable that is read into memory ...
@@ -147,21 +148,6 @@ def _add(made: Any, place: str, value: Any) -> None:
     made.update(tensor.flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
 
 
-def leaves(data: Any, place: str = "") -> dict[str, Any]:
-    """Everything in nested dicts, lists and tuples by its place, as in `0/image` or `1`."""
-    parts: list[tuple[Any, Any]] | None = None
-    if isinstance(data, Mapping):
-        parts = list(data.items())
-    elif isinstance(data, list | tuple):
-        parts = list(enumerate(data))
-    if parts is None:
-        return {place or "data": data}
-    found: dict[str, Any] = {}
-    for key, value in parts:
-        found.update(leaves(value, f"{place}/{key}" if place else str(key)))
-    return found
-
-
 def _mapped(data: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(data, Mapping):
         return {key: _mapped(value, change) for key, value in data.items()}
@@ -240,40 +226,6 @@ def _tensor_samples(data: Any, name: str, floats: torch.dtype) -> TensorSamples:
     if num == 0:
         raise DataError(f"{name}= has no samples.")
     return TensorSamples(_mapped(data, lambda value: tensors[id(value)]), num)
-
-
-def collate_samples(samples: list[Any], place: str = "") -> Any:
-    """One batch of a list of samples, nested as they are: tensors, arrays and numbers are stacked, texts stay lists.
-
-    As torch.utils.data.default_collate, but Python's floats become float32, as `torch.tensor` makes them.
-
-    Raises:
-        DataError: samples differ in shape or structure, or hold what cannot be stacked.
-    """
-    first = samples[0]
-    if isinstance(first, Mapping):
-        if any(not isinstance(s, Mapping) or s.keys() != first.keys() for s in samples):
-            raise DataError(f"Samples differ in their keys at `{place or 'data'}`.", next="give every sample the same keys")
-        return {key: collate_samples([s[key] for s in samples], f"{place}/{key}".strip("/")) for key in first}
-    if isinstance(first, list | tuple):
-        if any(len(s) != len(first) for s in samples):
-            raise DataError(f"Samples differ in length at `{place or 'data'}`.",
-                            next="pad them in the dataset, or pass collate=")  # fmt: skip
-        return tuple(collate_samples(list(parts), f"{place}/{number}".strip("/"))
-                     for number, parts in enumerate(zip(*samples, strict=True)))  # fmt: skip
-    if isinstance(first, str | bytes):
-        return samples
-    if isinstance(first, bool | int | float | np.generic):
-        return torch.tensor(samples) if not isinstance(first, np.generic) else torch.as_tensor(np.stack(samples))
-    if not isinstance(first, torch.Tensor | np.ndarray):
-        raise DataError(f"Samples hold a {type(first).__name__} at `{place or 'data'}`, which cannot become a tensor.",
-                        next="return tensors, arrays or numbers from the dataset, or pass collate=")  # fmt: skip
-    tensors = [torch.as_tensor(s) for s in samples]
-    odd = next((t for t in tensors if t.shape != tensors[0].shape), None)
-    if odd is not None:
-        raise DataError(f"Samples differ in shape at `{place or 'data'}`: {tuple(tensors[0].shape)} and {tuple(odd.shape)}.",
-                        next="pad or resize them in the dataset, or pass collate=")  # fmt: skip
-    return torch.stack(tensors)
 
 
 def as_batch(data: Any, rows: Chunk) -> dict[str, Any]:

@@ -36,7 +36,9 @@ class MeanMeter:
         """Replace the state by the sum of the states of several meters."""
         names = dict.fromkeys(name for state in states for name in state)
         self._sums = {
-            name: torch.tensor([math.fsum(s[name][k] for s in states if name in s) for k in range(2)], dtype=torch.float64)
+            name: torch.tensor(
+                [math.fsum(s[name][k] for s in states if name in s) for k in range(2)], dtype=torch.float64
+            )
             for name in names
         }
 

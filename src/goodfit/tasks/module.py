@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from goodfit.core.errors import RequestError
-from goodfit.data.samples import Collate, as_batch, collate_samples
+from goodfit.data.nested import collate_samples
+from goodfit.data.samples import Collate, as_batch
 from goodfit.metrics.means import NAMED, MeanMeter, Pair, accuracy, mean_of
 from goodfit.tasks.pair_loss import PairLoss
 
@@ -53,7 +54,11 @@ class ModuleTask:
         self._collate = collate or collate_samples
 
     def _metrics(self, asked: Mapping[str, Any] | Sequence[str]) -> dict[str, Callable[..., Any]]:
-        named = asked if isinstance(asked, Mapping) else {str(name): name for name in ([asked] if isinstance(asked, str) else asked)}
+        named = (
+            asked
+            if isinstance(asked, Mapping)
+            else {str(name): name for name in ([asked] if isinstance(asked, str) else asked)}
+        )
         found: dict[str, Callable[..., Any]] = {}
         for name, metric in named.items():
             if isinstance(metric, str) and metric in NAMED and self.pair is not None:
@@ -61,7 +66,11 @@ class ModuleTask:
             elif callable(metric) and isinstance(asked, Mapping) and name != "loss" and "/" not in name:
                 found[name] = metric
             else:
-                hint = "metrics={'name': function(module, batch)}" if self.pair is None else f"use {', '.join(NAMED)}, or {{'name': function(output, target)}}"
+                hint = (
+                    "metrics={'name': function(module, batch)}"
+                    if self.pair is None
+                    else f"use {', '.join(NAMED)}, or {{'name': function(output, target)}}"
+                )
                 raise RequestError(f"metrics: {metric if isinstance(metric, str) else name} cannot be used.", next=hint)
         return found
 
@@ -96,7 +105,9 @@ class ModuleTask:
             return {"loss": (made * num, num)}
         if isinstance(made, Mapping) and made and all(_is_term(term) for term in made.values()):
             return {str(name): (total, count) for name, (total, count) in made.items()}
-        what = f"a tensor of shape {tuple(made.shape)}" if isinstance(made, torch.Tensor) else f"a {type(made).__name__}"
+        what = (
+            f"a tensor of shape {tuple(made.shape)}" if isinstance(made, torch.Tensor) else f"a {type(made).__name__}"
+        )
         raise RequestError(f"step_loss returned {what}.", next="return a scalar tensor, the mean over the samples, or {name: (sum, count)}")  # fmt: skip
 
     def predict(self, model: nn.Module, batch: dict[str, Any]) -> Any:

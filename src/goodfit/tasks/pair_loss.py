@@ -45,7 +45,11 @@ class PairLoss:
         self.name = repr(loss) if isinstance(loss, nn.Module) else getattr(loss, "__qualname__", type(loss).__name__)
         if not callable(loss) or isinstance(loss, type):
             what = f"the class {loss.__name__}" if isinstance(loss, type) else f"of type {type(loss).__name__}"
-            hint = f"loss={loss.__name__}()" if isinstance(loss, type) else "pass a loss of torch.nn, or a function of (output, target)"
+            hint = (
+                f"loss={loss.__name__}()"
+                if isinstance(loss, type)
+                else "pass a loss of torch.nn, or a function of (output, target)"
+            )
             raise RequestError(f"loss= is {what}, not a loss.", next=hint)
         if isinstance(made, nn.Module) and any(True for _ in made.parameters()):
             raise RequestError(f"The loss {type(made).__name__} has parameters of its own, which would not be trained.",
@@ -76,7 +80,9 @@ class PairLoss:
                                next="make the shapes equal, as by target.unsqueeze(1) or output.squeeze(1)")  # fmt: skip
         value = self._loss(output, target)
         if not isinstance(value, torch.Tensor) or value.ndim:
-            what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+            what = (
+                f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+            )
             raise RequestError(f"The loss returned {what}, not a mean over the batch.",
                                next="return a scalar tensor, or pass step_loss= for anything else")  # fmt: skip
         if not self.exact:

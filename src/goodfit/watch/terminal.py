@@ -121,7 +121,9 @@ class Terminal:
         figures = [(name, float(value)) for name, value in val.items() if name != "loss"]
         if "accuracy" in val:
             figures = [("acc", float(val["accuracy"]))]
-        shown = "".join(f" · {name} " + (f"{100 * value:.1f} %" if name == "acc" else f"{value:.4g}") for name, value in figures[:3])
+        shown = "".join(
+            f" · {name} " + (f"{100 * value:.1f} %" if name == "acc" else f"{value:.4g}") for name, value in figures[:3]
+        )
         memory = f"{event['memory'] / 1e9:.1f} GB"
         line = (
             f"epoch {event['epoch'] + 1}/{max(event['epoch'] + 1, total // steps_per_epoch)}  loss {float(event['train_loss']):.3f} · "
