@@ -154,6 +154,8 @@ def test_resume_asks_for_what_the_run_began_with(uninterrupted, tmp_path, run_cl
         goodfit.fit(Net(), *data, **(given | {"loss": nn.MSELoss()}))
     with pytest.raises(goodfit.RequestError, match="epochs cannot change"):
         goodfit.fit(Net(), *data, epochs=9, **given)
+    with pytest.raises(goodfit.RequestError, match="has no bundle"):
+        goodfit.Run(run).predict([])
     (run / "result.json").rename(tmp_path / "result.json")
     try:
         with pytest.raises(goodfit.RequestError, match=r"(?s)handed over in Python.*goodfit\.fit\(module"):
@@ -183,6 +185,25 @@ class Detached(nn.Module):
 def endless():
     while True:
         yield torch.zeros(4), 0
+
+
+def test_a_run_that_fails_in_training_leaves_the_module_as_it_was(tmp_path):
+    calls = iter(range(10**6))
+
+    def loss(output, target):
+        return nn.functional.cross_entropy(output, target) * (torch.nan if next(calls) > 12 else 1)
+
+    module, data = mlp(), vectors(64, 0)
+    before = digest(module)
+    with pytest.raises(goodfit.TrainingError, match="were not finite"):
+        goodfit.fit(
+            module, data, data, loss=loss, rehearse=False, batch=16, epochs=20, ema=False, project=str(tmp_path)
+        )
+    trained = goodfit.Run(tmp_path / "sequential-1").events
+    assert any(e["event"] == "step" and not e.get("skipped") for e in trained) and any(
+        e.get("skipped") for e in trained
+    )
+    assert digest(module) == before and module.training
 
 
 FEW = vectors(40, 0)
