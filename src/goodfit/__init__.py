@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from goodfit.api.demo import demo
     from goodfit.api.extend import extend
+    from goodfit.api.fit import fit
     from goodfit.api.folder import Run
     from goodfit.api.predict import predict
     from goodfit.api.train import audit, plan, resume, test, train
@@ -47,6 +48,7 @@ _HOMES = {
     "audit": "api.train",
     "demo": "api.demo",
     "extend": "api.extend",
+    "fit": "api.fit",
     "plan": "api.train",
     "predict": "api.predict",
     "resume": "api.train",
@@ -68,6 +70,7 @@ __all__ = [
     "audit",
     "demo",
     "extend",
+    "fit",
     "plan",
     "predict",
     "resume",

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from goodfit.config.monitor import read_monitor
 from goodfit.config.plan import Plan
 from goodfit.config.sizes import InputSizes
 from goodfit.core.errors import TrainingError
@@ -40,35 +41,83 @@ from goodfit.tasks.classify import ClassifyTask
 EVAL_BATCH = 64
 KEEP_BYTES = 512_000_000  # of validation images kept as the serving path made them
 NUM_FEW = 8
-# Decisions that change no result, or only how long is trained, which a checkpoint's own schedule says.
-NOT_COMPUTED = (
-    "epochs",
-    "most_epochs",
-    "time",
-    "workers",
-    "cache",
-    "prefetch",
-    "allocator",
-    "latency",
-    "latency_threads",
-)
+# Decisions that change no result, or only how long is trained, which a checkpoint's own schedule says and `extend` changes.
+NOT_COMPUTED = ("epochs", "most_epochs", "time", "progressive", "workers", "cache", "prefetch", "allocator", "latency",
+                "latency_threads")  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """The parts of a run, built from its plan and index alone."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitParts:
+    """What training takes, whatever is trained; the loaders are those of pictures, or of a user's samples."""
 
     plan: Plan
+    context: StepContext
+    train: Any
+    val: Any
+    state: TrainState
+    settings: FitSettings
+
+    @property
+    def hashes(self) -> dict[str, Any]:
+        """What a checkpoint must agree with."""
+        raise NotImplementedError
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of decoded samples that are kept."""
+        return 0
+
+    @property
+    def num_served(self) -> int:
+        """How many samples are looked at after training, by the test and what it is compared with."""
+        return 0
+
+    def paced(self) -> tuple[Any, Callable[[Any], float]]:
+        """The training data to measure the run's pace with, and what a batch of it costs over the mean of the run."""
+        return self.train, lambda _group: 1.0
+
+    @property
+    def cache_is_missing(self) -> bool:
+        """Whether a cache on disk has still to be written."""
+        return False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts(FitParts):
+    """The parts of an image run, built from its plan and index alone."""
+
     index: DatasetIndex
     task: ClassifyTask
     preprocessing: Preprocessing
-    context: StepContext
     train: TrainLoader
     val: EvalLoader
-    state: TrainState
-    settings: FitSettings
     weights: WeightReport | None
     store: PictureStore
+
+    @property
+    def hashes(self) -> dict[str, Any]:
+        """Of the plan and of the index."""
+        return run_hashes(self.plan, data_hash(self.index))
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of the pictures that the plan keeps."""
+        return self.store.num_bytes
+
+    @property
+    def cache_is_missing(self) -> bool:
+        """Whether the plan keeps pictures on disk that are not there yet."""
+        return self.plan.cache.value == "disk" and self.store.num_bytes > 0 and not self.store.path.is_file()
+
+    @property
+    def num_served(self) -> int:
+        """The probe looks at all samples, and the test at its own, as does the gap to training at some."""
+        return len(self.train.rows) + len(self.index.rows("val")) + 2 * len(self.index.rows("test"))
+
+    def paced(self) -> tuple[TrainLoader, Callable[[Any], float]]:
+        """All input sizes in turn, each weighed by its pixels."""
+        sizes = InputSizes.of(self.plan)
+        return self.train.evenly(), lambda group: sizes.cost(group[0].data["image"].shape[-1])
 
     def eval_loader(self, rows: npt.NDArray[np.int64]) -> EvalLoader:
         """Any rows through the serving path, from their files."""
@@ -120,9 +169,7 @@ def assemble(plan: Plan, index: DatasetIndex, *, workers: int | None = None) -> 
         train=train,
         val=val,
         state=state,
-        settings=FitSettings(patience=plan.patience.value, min_delta=plan.min_delta.value, monitor=plan.monitor.value,
-                             maximise=plan.monitor.value != "loss", most_epochs=plan.most_epochs.value,
-                             decay=plan.decay.value, close=plan.close_augment.value),
+        settings=fit_settings(plan),
         weights=weights,
         store=store,
     )  # fmt: skip
@@ -131,6 +178,13 @@ def assemble(plan: Plan, index: DatasetIndex, *, workers: int | None = None) -> 
 def picture_store(plan: Plan, index: DatasetIndex, rows: npt.NDArray[np.int64], *, cache: str) -> PictureStore:
     """The decoded pictures of these rows, large enough for the largest input of the plan."""
     return PictureStore(index, rows, imgsz=InputSizes.of(plan).kept_for(plan.scale.value), cache=cache)
+
+
+def fit_settings(plan: Plan) -> FitSettings:
+    """What may stop training or change it."""
+    monitor, maximise = read_monitor(plan.monitor.value)
+    return FitSettings(patience=plan.patience.value, min_delta=plan.min_delta.value, monitor=monitor, maximise=maximise,
+                       most_epochs=plan.most_epochs.value, decay=plan.decay.value, close=plan.close_augment.value)  # fmt: skip
 
 
 def train_samples(plan: Plan, index: DatasetIndex, task: ClassifyTask, store: PictureStore) -> TrainSamples:
@@ -168,7 +222,10 @@ def assemble_step(
         cutmix=plan.cutmix.value, seed=plan.seed.value, channels_last=plan.channels_last.value,
     )  # fmt: skip
     network, weights = build_network(plan, len(task.class_names))
-    state = _initial_state(plan, device.place(network), device, steps_per_epoch)
+    network = device.place(network)
+    optimizer = build_optimizer(network, parameter_groups(network, plan), kind=plan.optimizer.value,
+                                momentum=plan.momentum.value)  # fmt: skip
+    state = initial_state(plan, network, optimizer, device, steps_per_epoch)
     compile_in_place(state.model, plan.compile.value)  # not its average, nor any copy
     context = StepContext(task, transform, device, ranks, plan.seed.value, plan.clip.value, plan.clip_value.value)
     return state, context, weights
@@ -201,7 +258,15 @@ def balancing(balance: str, counts: npt.NDArray[np.int64]) -> dict[str, Any]:
     return {}
 
 
-def _initial_state(plan: Plan, network: torch.nn.Module, device: DevicePolicy, steps_per_epoch: int) -> TrainState:
+def initial_state(
+    plan: Plan, network: torch.nn.Module, optimizer: torch.optim.Optimizer, device: DevicePolicy, steps_per_epoch: int
+) -> TrainState:
+    """The state of a run before its first step.
+
+    Args:
+        network: On its device.
+        optimizer: For this network.
+    """
     schedule = plan_schedule(plan.schedule.value, epochs=plan.epochs.value, warmup=plan.warmup.value,
                              lrf=plan.lrf.value, steps_per_epoch=steps_per_epoch, decay=plan.decay.value,
                              milestones=plan.milestones.value, period=plan.period.value, gamma=plan.gamma.value,
@@ -211,8 +276,7 @@ def _initial_state(plan: Plan, network: torch.nn.Module, device: DevicePolicy, s
     ema = Ema(network, ema_decay(schedule.total_steps, steps_per_epoch)) if plan.ema.value else None
     return TrainState(
         model=network,
-        optimizer=build_optimizer(network, parameter_groups(network, plan), kind=plan.optimizer.value,
-                                  momentum=plan.momentum.value),
+        optimizer=optimizer,
         ema=ema,
         swa=build_average(network, ema) if plan.swa.value else None,
         loss_scale=LossScale(device.torch_device, active=device.scales_loss),
@@ -220,11 +284,11 @@ def _initial_state(plan: Plan, network: torch.nn.Module, device: DevicePolicy, s
     )  # fmt: skip
 
 
-def run_hashes(plan: Plan, index: DatasetIndex) -> dict[str, Any]:
+def run_hashes(plan: Plan, data_sha256: str) -> dict[str, Any]:
     """What a checkpoint must agree with: the hash of the plan's values, and of the data."""
     values = {name: d.value for name, d in plan.decisions().items() if name not in NOT_COMPUTED}
     text = json.dumps(values, sort_keys=True)
-    return {"plan_sha256": hashlib.sha256(text.encode()).hexdigest(), "data_sha256": data_hash(index)}
+    return {"plan_sha256": hashlib.sha256(text.encode()).hexdigest(), "data_sha256": data_sha256}
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from goodfit.api.assemble import Parts, execution, run_hashes
+from goodfit.api.assemble import Parts, execution
 from goodfit.api.folder import PLAN, Run, open_run
 from goodfit.api.train import recorded, reopen, resume
 from goodfit.config.plan import Decision
@@ -57,7 +57,7 @@ def _open_segment(run: Run, parts: Parts, journal: Journal, epochs: int) -> None
 
     In this order: a kill on the way leaves either the finished run, or one that `resume` goes on with.
     """
-    checkpoints = Checkpoints(run.path / "checkpoints", run_hashes(parts.plan, parts.index))
+    checkpoints = Checkpoints(run.path / "checkpoints", parts.hashes)
     last = checkpoints.latest()
     assert last is not None  # it has finished
     steps = parts.train.steps_per_epoch

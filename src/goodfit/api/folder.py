@@ -69,7 +69,14 @@ class Run:
         return self.path / "bundle"
 
     def predict(self, images: Sequence[str | Path | bytes]) -> list[dict[str, Any]]:
-        """Classify images with the run's bundle; as goodfit.runtime.Predictor.predict."""
+        """Classify images with the run's bundle; as goodfit.runtime.Predictor.predict.
+
+        Raises:
+            RequestError: it trained a module of a user's, which has no bundle.
+        """
+        if self.plan.task.value == "module":
+            raise RequestError("This run trained a module of your own, which has no bundle.", where=str(self.path),
+                               next="call the module: goodfit.fit loaded the best weights into it")  # fmt: skip
         from goodfit.runtime import Predictor
 
         return Predictor(self.bundle).predict(images)

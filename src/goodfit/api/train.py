@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from goodfit.api.assemble import Parts, assemble, execution, run_hashes
+from goodfit.api.assemble import FitParts, Parts, assemble, execution
 from goodfit.api.decide import decide
 from goodfit.api.finish import (
     bundle_stage,
@@ -30,7 +30,7 @@ from goodfit.config.parse import read_request
 from goodfit.config.plan import Decision, Plan
 from goodfit.config.request import TrainRequest, options
 from goodfit.config.sizes import InputSizes
-from goodfit.core.errors import DataError, ExportError, GoodfitError, Stopped, StorageError
+from goodfit.core.errors import DataError, ExportError, GoodfitError, RequestError, Stopped, StorageError
 from goodfit.core.journal import Journal, read_lines
 from goodfit.core.lock import run_lock
 from goodfit.core.safeio import read_json, write_json, write_text
@@ -99,7 +99,7 @@ def train(data: str | Path | None = None, **asked: Any) -> Run:
 
 @contextmanager
 def training(
-    run: Run, parts: Parts, journal: Journal, began: float
+    run: Run, parts: FitParts, journal: Journal, began: float
 ) -> Iterator[tuple[FitSettings, Checkpoints, StopFlag]]:
     """Around `fit`: the newest checkpoint is put into the state, the cost is projected, metrics.csv is kept,
     signals become a flag; after it, where the time went.
@@ -107,7 +107,7 @@ def training(
     Args:
         began: When this process began with the run, by time.monotonic.
     """
-    checkpoints = Checkpoints(run.path / "checkpoints", run_hashes(parts.plan, parts.index))
+    checkpoints = Checkpoints(run.path / "checkpoints", parts.hashes)
     continue_from(parts, checkpoints, journal, run.path / "events.jsonl")
     journal.listen(MetricsFile(run.path))
     projection_stage(run, parts, journal)
@@ -160,16 +160,16 @@ def rehearsal_stage(parts: Parts, journal: Journal, folder: Path | None = None) 
                     raise
                 halve_micro_batch(parts.state, parts.train, journal, parts.context)
             except RehearsalError as error:
-                error.where = _write_checks(folder, error.checks)
+                error.where = write_checks(folder, error.checks)
                 raise
-        _write_checks(folder, found.checks)
+        write_checks(folder, found.checks)
         sizes = InputSizes.of(parts.plan)
         rate = found.bare_rate * sizes.cost(sizes.typical)  # of a batch of mean cost
         note.text = f"{found.describe()} · {rate:,.0f} img/s bare step{' over all input sizes' if sizes.varies else ''}"
         note.fields = {"bare_rate": rate, "checks": [check.to_dict() for check in found.checks]}
 
 
-def _write_checks(folder: Path | None, checks: Sequence[Check]) -> str:
+def write_checks(folder: Path | None, checks: Sequence[Check]) -> str:
     """Write `rehearsal.txt` into a run's folder, if there is one. Returns its path."""
     if folder is None:
         return ""
@@ -201,7 +201,7 @@ def export_problem(parts: Parts, model: nn.Module) -> str:
     return "" if difference <= TOLERANCE else f"the traced network's outputs differ by {difference:.2g}"
 
 
-def continue_from(parts: Parts, checkpoints: Checkpoints, journal: Journal, events: Path) -> None:
+def continue_from(parts: FitParts, checkpoints: Checkpoints, journal: Journal, events: Path) -> None:
     """Put the newest valid checkpoint into the state, if there is one, and say so."""
     snapshot = checkpoints.latest()
     for damaged in checkpoints.damaged:
@@ -259,6 +259,10 @@ def reopen(run: Run, journal: Journal, *, workers: int | None = None) -> Parts:
     from goodfit.data.checks.audit import changed_files
 
     plan = run.plan
+    if plan.task.value == "module":
+        raise RequestError("This run trains a module that was handed over in Python; its folder alone cannot build it again.",
+                           where=str(run.path), kept="the run and its checkpoints",
+                           next=f"goodfit.fit(module, train, val, ..., resume={str(run.path)!r}), as it was called at first")  # fmt: skip
     index = read_split(run.path / SPLIT, Path(read_json(run.path / "run.json")["root"]))
     with stage(journal, "data") as note:
         changed = changed_files(index)
@@ -281,7 +285,7 @@ def test(run: str | Path) -> dict[str, Any]:
     journal = Journal(None, (Terminal(),))
     with run_lock(opened.path), recorded(journal, opened.path):
         parts = reopen(opened, journal)
-        checkpoints = Checkpoints(opened.path / "checkpoints", run_hashes(parts.plan, parts.index))
+        checkpoints = Checkpoints(opened.path / "checkpoints", parts.hashes)
         snapshot = checkpoints.latest()
         if snapshot is None or not snapshot.progress["finished"]:
             raise StorageError("This run has not finished training.", where=str(run), next=f"goodfit resume {run}")
@@ -341,13 +345,17 @@ def plan(data: str | Path | None = None, **asked: Any) -> Planned:
 
 
 @contextmanager
-def recorded(journal: Journal, folder: Path) -> Iterator[None]:
-    """Write the journal into a run's folder, and the reason if the run ends early."""
+def recorded(journal: Journal, folder: Path, *, resume: str = "goodfit resume RUN") -> Iterator[None]:
+    """Write the journal into a run's folder, and the reason if the run ends early.
+
+    Args:
+        resume: How this run is gone on with, in place of the command.
+    """
     journal.open(folder / "events.jsonl")
     try:
         yield
     except GoodfitError as error:
-        error.next = error.next.replace("RUN", str(folder))
+        error.next = error.next.replace("goodfit resume RUN", resume).replace("RUN", str(folder))
         if not error.where and isinstance(error, Stopped):
             error.where = str(folder)
         checks = [c.to_dict() for c in error.checks] if isinstance(error, RehearsalError) else []

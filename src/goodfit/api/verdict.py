@@ -6,11 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from goodfit.api.assemble import Parts
+from goodfit.api.assemble import FitParts
 from goodfit.api.folder import Run
 from goodfit.api.prepare import stage
 from goodfit.config.plan import Plan
-from goodfit.config.sizes import InputSizes
 from goodfit.core.history import bare_rate
 from goodfit.core.journal import Journal
 from goodfit.core.machine import num_cores
@@ -25,7 +24,7 @@ from goodfit.planning.projection import Projection, check_disk, describe_seconds
 FINISH_SECONDS = 12.0  # of a run's time, for bundle, report and the start of the program
 
 
-def disk_stage(folder: Path, parts: Parts, *, resumed: bool = False) -> None:
+def disk_stage(folder: Path, parts: FitParts, *, resumed: bool = False) -> None:
     """Refuse, before anything is decoded or trained, a run for which the disk is too small.
 
     Args:
@@ -35,13 +34,12 @@ def disk_stage(folder: Path, parts: Parts, *, resumed: bool = False) -> None:
     Raises:
         StorageError: less is free than it needs.
     """
-    to_write = parts.plan.cache.value == "disk" and parts.store.num_bytes > 0 and not parts.store.path.is_file()
     present = folder_bytes(folder / "checkpoints") + folder_bytes(folder / "bundle") if resumed else None
-    check_disk(project_run(parts, None), folder, cache_here=to_write and _same_disk(folder, cache_folder()),
+    check_disk(project_run(parts, None), folder, cache_here=parts.cache_is_missing and _same_disk(folder, cache_folder()),
                present=present, trained=resumed and has_finished(folder / "checkpoints"))  # fmt: skip
 
 
-def project_run(parts: Parts, pace: Pace | None) -> Projection:
+def project_run(parts: FitParts, pace: Pace | None) -> Projection:
     """The projection of a run from its parts and its measured pace; None if that is unknown.
 
     Memory is what was taken with all that an epoch does, and the validation pictures that will be kept besides.
@@ -50,12 +48,12 @@ def project_run(parts: Parts, pace: Pace | None) -> Projection:
     return project(
         parts.plan, num_val=len(parts.val.rows), steps_per_epoch=parts.train.steps_per_epoch,
         num_parameters=sum(p.numel() for p in model.parameters()), num_buffers=sum(b.numel() for b in model.buffers()),
-        pace=pace, cache=parts.store.num_bytes,
+        pace=pace, cache=parts.cache_bytes,
         memory=None if pace is None else pace.memory + (parts.val.bytes_to_keep if parts.plan.device.value == "cpu" else 0),
     )  # fmt: skip
 
 
-def projection_stage(run: Run, parts: Parts, journal: Journal) -> None:
+def projection_stage(run: Run, parts: FitParts, journal: Journal) -> None:
     """Say once, before the first epoch, what the run will cost at most; measured where it was rehearsed."""
     events = run.events
     if any(e["event"] == "stage" and e["name"] == "projection" for e in events):
@@ -83,20 +81,19 @@ def _length_note(plan: Plan) -> str:
     return ""
 
 
-def _pace(run: Run, parts: Parts, rate: float) -> Pace | None:
+def _pace(run: Run, parts: FitParts, rate: float) -> Pace | None:
     """The run's pace; None where its copies found no room: training itself, which needs less, deals with that."""
-    sizes = InputSizes.of(parts.plan)
+    train, cost = parts.paced()
     try:
-        return measure_pace(parts.state, parts.context, parts.train.evenly(), parts.val, folder=run.path, bare_rate=rate,
-                            compiled=parts.plan.compile.value,
-                            cost=lambda group: sizes.cost(group[0].data["image"].shape[-1]))  # fmt: skip
+        return measure_pace(parts.state, parts.context, train, parts.val, folder=run.path, bare_rate=rate,
+                            compiled=parts.plan.compile.value, cost=cost)  # fmt: skip
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         return None
 
 
-def time_budget(run: Run, parts: Parts, began: float) -> TimeBudget | None:
+def time_budget(run: Run, parts: FitParts, began: float) -> TimeBudget | None:
     """The time that the plan gives a run, with what its earlier processes used and what its end will take; None without one.
 
     Args:
@@ -107,21 +104,17 @@ def time_budget(run: Run, parts: Parts, began: float) -> TimeBudget | None:
         return None
     paces = [e["pace"] for e in run.events if e["event"] == "stage" and e.get("pace")]
     image, save = (float(paces[-1][name]) if paces else 0.0 for name in ("validation", "save"))
-    index = parts.index
-    served = (
-        len(parts.train.rows) + len(index.rows("val")) + 2 * len(index.rows("test"))
-    )  # the probe looks at all of them
-    reserve = min(FINISH_SECONDS + 2 * save + image * served, 0.5 * seconds)
+    reserve = min(FINISH_SECONDS + 2 * save + image * parts.num_served, 0.5 * seconds)
     return TimeBudget(seconds=seconds, used=parts.state.progress.seconds, reserve=reserve,
                       rest_seconds=image * len(parts.val.rows), began=began)  # fmt: skip
 
 
-def time_stage(run: Run, parts: Parts, journal: Journal) -> None:
+def time_stage(run: Run, parts: FitParts, journal: Journal) -> None:
     """Say after training where its time went."""
     journal.emit("stage", name="time", text=judge_time(run, parts).describe())
 
 
-def judge_time(run: Run, parts: Parts) -> Verdict:
+def judge_time(run: Run, parts: FitParts) -> Verdict:
     """The verdict on a run's time, from its events."""
     events = run.events
     epochs = [e for e in events if e["event"] == "epoch"]

@@ -31,6 +31,7 @@ MIN_BATCH = 16
 MIN_STEPS_PER_EPOCH = 20
 PREFETCH = 2
 MUCH_FASTER = 1.2  # times as fast, from which something asked for is worth a warning
+ITEM_SECONDS = 1e-3  # that one sample of a user's dataset takes, from which loader processes pay
 COMPILE_PAYS = 1800.0  # projected seconds of a run from which compiling is measured
 CACHE_SECONDS = 30.0  # of decoding, from which a cache is worth a file
 
@@ -87,7 +88,9 @@ def _batch_reason(num_train: int) -> str:
     size = usual_batch(num_train)
     if size == BATCH:
         return "the guides' default"
-    return f"{num_train:,} training images: {num_train // size} updates an epoch rather than {num_train // BATCH} at 64"
+    return (
+        f"{num_train:,} training samples: {num_train // size} updates an epoch rather than {num_train // BATCH} at 64"
+    )
 
 
 def _check_batch(batch: Decision[int], accumulate: Decision[int], data: DataFacts) -> None:
@@ -96,7 +99,7 @@ def _check_batch(batch: Decision[int], accumulate: Decision[int], data: DataFact
                            next="lower accumulate or raise batch")  # fmt: skip
     if batch.value > data.num_train:
         raise RequestError(
-            f"batch={batch.value} is larger than the training split of {data.num_train} images.",
+            f"batch={batch.value} is larger than the training split of {data.num_train} samples.",
             next=f"use batch={data.num_train} or less",
         )
 
@@ -110,6 +113,8 @@ def _cache(choose: Chooser, facts: Facts, side: int, epochs: int) -> Decision[st
         side: Input size that they are kept for, pixels.
     """
     data, machine = facts.data, facts.machine
+    if data.task == "module":
+        return Decision("off", "not a folder of images", "rule")
     largest = 3.0 * data.median_side**2  # pictures are kept reduced, never enlarged
     size = data.num_train * min(data.pixel_bytes_at * side**2, largest)
     seconds = data.num_train * data.decode_seconds / machine.num_cores
@@ -151,9 +156,14 @@ def choose_execution(choose: Chooser, facts: Facts, inputs: InputSizes, scale: f
 def _loading(choose: Chooser, facts: Facts, cache: Decision[str]) -> dict[str, Any]:
     """Cache, loader processes and batches ahead: what an update waits for data, where that was measured, else by rule."""
     cores, costs = facts.machine.num_cores, facts.measured.loading if facts.measured is not None else ()
-    off = cache.value == "off"
-    workers = choose("workers", min(8, max(1, cores - 1)) if off else 0,
-                     "decoding runs beside the model" if off else "the cache makes them needless")  # fmt: skip
+    off, many = cache.value == "off", min(8, max(1, cores - 1))
+    if facts.data.task == "module":
+        slow = facts.data.decode_seconds >= ITEM_SECONDS
+        workers = choose("workers", many if slow else 0, f"{1e3 * facts.data.decode_seconds:.2g} ms a sample: "
+                         f"loaded {'beside the model' if slow else 'as it goes'}")  # fmt: skip
+    else:
+        workers = choose("workers", many if off else 0,
+                         "decoding runs beside the model" if off else "the cache makes them needless")  # fmt: skip
     prefetch = choose("prefetch", PREFETCH, "one that is used and one that is made")
     best = best_loading(costs, cache=cache.value, workers=workers.value if workers.source == "asked" else None,
                         prefetch=prefetch.value if prefetch.source == "asked" else None)  # fmt: skip
@@ -199,15 +209,20 @@ def _arithmetic(
         RequestError: this device does not have what was asked for.
     """
     machine, measured = facts.machine, facts.measured
-    if machine.device == "cuda":
+    own = facts.data.task == "module"
+    if own:
+        usual = ("fp32", "an own module: less only where it was measured to agree, or is asked for")
+    elif machine.device == "cuda":
         usual = ("bf16", "this GPU has it") if machine.native_bf16 else ("fp16", "this GPU has no bf16")
     elif machine.device == "cpu" and machine.native_bf16:
         usual = ("bf16", "this CPU has bf16 instructions: twice the convolution speed of fp32")
     else:
         usual = ("fp32", "no fast half precision on this device")
-    last = machine.device != "mps"
+    last = machine.device != "mps" and not own
     precision = choose("precision", *usual)
-    channels_last = choose("channels_last", last, "faster convolutions" if last else "slower on this device")
+    channels_last = choose(
+        "channels_last", last, "faster convolutions" if last else "left as it is" if own else "slower on this device"
+    )
     compiled = choose("compile", "off", "compiling takes time at the start of every run: not measured where that is short"
                       if not inputs.varies else "inputs of several sizes would each be compiled anew")  # fmt: skip
     _check_device(machine, precision.value, compiled.value)

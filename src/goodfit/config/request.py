@@ -169,9 +169,8 @@ class TrainRequest:
                                 low=0)  # fmt: skip
     min_delta: float | None = _ask("float", "Optimisation", "relative gain that counts as improvement", low=0.0,
                                    high=1.0)  # fmt: skip
-    monitor: str | None = _ask(
-        "choice", "Optimisation", "validation figure to watch", choices=("accuracy", "macro_f1", "loss")
-    )
+    monitor: str | None = _ask("text", "Optimisation", "validation figure to watch: accuracy, macro_f1 or loss, or one of an own "
+                               "module's; -name where less is better")  # fmt: skip
 
     measure: bool | None = _ask(
         "bool", "Hardware", "measure precision, memory format and batch here, for a minute at most"

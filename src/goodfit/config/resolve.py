@@ -14,6 +14,7 @@ from goodfit.config.chooser import Chooser
 from goodfit.config.execution import choose_batch, choose_execution
 from goodfit.config.facts import DataFacts, Facts, MachineFacts, ModelFacts
 from goodfit.config.measured import Measured
+from goodfit.config.monitor import check_monitor
 from goodfit.config.plan import Decision, Plan
 from goodfit.config.recipe import choose_recipe
 from goodfit.config.request import TrainRequest
@@ -25,6 +26,7 @@ IMBALANCE = 5.0  # largest class over smallest, from which training is balanced
 BALANCE = "sample"
 BALANCE_REASON = "rare classes are drawn as often as the others"
 CLOSE_AUGMENT = 0.1
+FIGURES = ("accuracy", "macro_f1", "loss")  # that validation gives
 MODEL_FOR_SMALL_PICTURES = "resnet10t"
 MODEL_FOR_PHOTOS = "resnet18.a1_in1k"
 
@@ -276,4 +278,5 @@ def _balance(choose: Chooser, data: DataFacts) -> dict[str, Any]:
         monitor = choose("monitor", "accuracy", "what the test will report; ties are broken by the loss")
     else:
         monitor = choose("monitor", "macro_f1", "every class counts the same, as in balanced training")
+    check_monitor(monitor.value, FIGURES)
     return {"balance": balance, "monitor": monitor}

@@ -38,7 +38,7 @@ class Meter(Protocol):
 class Task(Protocol):
     """What is learned, in five methods."""
 
-    def collate(self, images: npt.NDArray[np.uint8], targets: Any) -> Any:
+    def collate(self, inputs: Any, targets: Any, /) -> Any:
         """The inputs and targets of some samples, as one batch."""
 
     def loss(self, model: nn.Module, batch: Any) -> Terms:

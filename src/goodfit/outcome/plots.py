@@ -19,18 +19,21 @@ MAX_NAMED_CLASSES = 30  # above this, tick labels would overlap
 
 
 def plot_results(epochs: Sequence[Event], path: Path) -> None:
-    """Loss, accuracy and learning rate against the step, from `epoch` events; segments are joined where they branch."""
+    """Loss, other figures and learning rate against the step, from `epoch` events; segments are joined where they branch."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 3)
+    names = [name for name in epochs[0]["val"] if name != "loss"]
+    colours = [COLOURS["metric"], COLOURS["train"], *(f"C{k}" for k in range(5, 10))]
+    shown = [(f"val {name.replace('macro_f1', 'macro F1')}", colours[k % len(colours)], [float(e["val"][name]) for e in epochs])
+             for k, name in enumerate(names)]  # fmt: skip
     panels: list[tuple[str, list[tuple[str, str, list[float]]]]] = [
         ("loss", [("train", COLOURS["train"], [float(e["train_loss"]) for e in epochs]),
                   ("val", COLOURS["val"], [float(e["val"]["loss"]) for e in epochs])]),
-        ("accuracy", [("val accuracy", COLOURS["metric"], [float(e["val"]["accuracy"]) for e in epochs]),
-                      ("val macro F1", COLOURS["train"], [float(e["val"]["macro_f1"]) for e in epochs])]),
+        ("accuracy" if "accuracy" in names else "metrics", shown),
         ("learning rate", [("backbone", COLOURS["lr"], [float(e["lr"]) for e in epochs])]),
     ]  # fmt: skip
     steps = [e["step"] for e in epochs]
@@ -41,11 +44,17 @@ def plot_results(epochs: Sequence[Event], path: Path) -> None:
         axis.set_xlabel("step")
         axis.grid(color=COLOURS["grid"], linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8)
-    best = max(epochs, key=lambda e: (e["val"]["accuracy"], -float(e["val"]["loss"])))
-    axes[1].annotate(f"best {best['val']['accuracy']:.1%}", (best["step"], best["val"]["accuracy"]),
-                     textcoords="offset points", xytext=(0, -14), ha="center", fontsize=8)  # fmt: skip
+        if lines:
+            axis.legend(frameon=False, fontsize=8)
+    if "accuracy" in names:
+        _mark_best(axes[1], epochs)
     figure.savefig(path, dpi=110)
+
+
+def _mark_best(axis: Any, epochs: Sequence[Event]) -> None:
+    best = max(epochs, key=lambda e: (e["val"]["accuracy"], -float(e["val"]["loss"])))
+    axis.annotate(f"best {best['val']['accuracy']:.1%}", (best["step"], best["val"]["accuracy"]),
+                  textcoords="offset points", xytext=(0, -14), ha="center", fontsize=8)  # fmt: skip
 
 
 def plot_confusion(confusion: Sequence[Sequence[int]], class_names: Sequence[str], path: Path) -> None:

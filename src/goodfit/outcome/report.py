@@ -9,7 +9,9 @@ from typing import Any
 from goodfit.core.safeio import write_text
 
 
-def write_report(target: Path, facts: dict[str, Any], pictures: dict[str, Path]) -> None:
+def write_report(
+    target: Path, facts: dict[str, Any], pictures: dict[str, Path], *, template: str = "report.html"
+) -> None:
     """Write the report.
 
     Args:
@@ -17,6 +19,7 @@ def write_report(target: Path, facts: dict[str, Any], pictures: dict[str, Path])
         facts: `name`, `data`, `findings`, `decisions`, `epochs`, `test`, `gap` (loss, accuracy and
             macro F1 by split), `bundle`, `seconds`, `rate`, `checks` (of the
             rehearsal), `time` (`Verdict.to_dict`), `projection` (a sentence) and `commands`.
+        template: "report.html" for images, "module.html" for a module of a user's.
         pictures: PNG files by name, put into the page as data URIs.
 
     Raises:
@@ -34,4 +37,4 @@ def write_report(target: Path, facts: dict[str, Any], pictures: dict[str, Path])
         for name, path in pictures.items()
         if path.is_file()
     }
-    write_text(target, environment.get_template("report.html").render(**facts, images=images))
+    write_text(target, environment.get_template(template).render(**facts, images=images))

@@ -40,6 +40,8 @@ class Check:
     passed: bool
     evidence: str
     meaning: str
+    first: float | None = None  # loss at its start ...
+    last: float | None = None  # ... and at its end, where there is one
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the journal and the report."""

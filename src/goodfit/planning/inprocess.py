@@ -6,18 +6,19 @@ import contextlib
 import copy
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import nn
 
-from goodfit.config.measured import BatchCost, latest
+from goodfit.config.measured import BatchCost, StepCost, latest
 from goodfit.engine.contracts import Micro
 from goodfit.engine.ema import Ema
 from goodfit.engine.schedule import Schedule
 from goodfit.engine.state import LossScale, Progress, TrainState
 from goodfit.engine.step import StepContext
-from goodfit.planning.measure import measure_batches
+from goodfit.planning.measure import measure_batches, measure_executions
 
 
 @contextlib.contextmanager
@@ -66,3 +67,25 @@ def measure_batches_here(
     with copied_state(model, context, build_optimizer, ema=ema) as state:
         made = measure_batches(state, context, lambda num: [group_of(num)], sizes, memory, seconds, held)
         return list(latest(made))
+
+
+def measure_ways_here(
+    model: nn.Module, context: StepContext, build_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    group: Sequence[Micro], ways: Sequence[tuple[str, bool]], *, seconds: float, ema: bool,
+) -> list[StepCost]:  # fmt: skip
+    """Time the step in every way on copies of a module, and compare loss and gradient with fp32, as measure_executions does.
+
+    Args:
+        group: One batch.
+        ways: Precision and memory format, plain fp32 first.
+        seconds: After this many no further round is begun.
+    """
+    with contextlib.ExitStack() as copies:
+
+        def build(precision: str, channels_last: bool) -> tuple[TrainState, StepContext]:
+            device = replace(context.device, precision=precision, channels_last=channels_last)
+            other = replace(context, device=device)
+            placed = device.place(copy.deepcopy(model))
+            return copies.enter_context(copied_state(placed, other, build_optimizer, ema=ema)), other
+
+        return list(measure_executions(build, group, ways, seconds))

@@ -58,7 +58,7 @@ class Pace:
     def describe(self) -> str:
         """One line for the terminal."""
         return (f"{1e3 * self.step:.0f} ms a step and {1e3 * self.data:.1f} ms waiting for its data, "
-                f"{1e3 * self.validation:.1f} ms a validation image, {self.save:.1f} s a checkpoint")  # fmt: skip
+                f"{1e3 * self.validation:.1f} ms a validation sample, {self.save:.1f} s a checkpoint")  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the event."""

@@ -37,6 +37,7 @@ from goodfit.planning.checks import (
     check_target,
     evaluating,
 )
+from goodfit.planning.tensors import tensors_of
 from goodfit.planning.trials import PlainTransform, check_blind, check_overfit, check_sizes, check_subset, overfit
 
 SHOWN = ("loss at start", "overfit a few samples", "save, load, predict")  # in the terminal's line
@@ -117,22 +118,22 @@ def rehearse(
     with torch.random.fork_rng():
         checks = _definite(model, context, schedule, build_optimizer, material)
         if material.extremes:
-            checks.append(check_sizes(_state(model, context, build_optimizer), context, material.extremes))
-        _stop_if_failed(checks)
+            checks.append(check_sizes(trial_state(model, context, build_optimizer), context, material.extremes))
+        stop_if_failed(checks)
         lowest = float(context.task.describe()["lowest_loss"])
         plain = replace(context, transform=PlainTransform(context.transform))
-        trained = _state(model, context, build_optimizer)
+        trained = trial_state(model, context, build_optimizer)
         losses = overfit(trained, plain, material.few, lowest)
         checks.append(check_overfit(losses, len(material.few.samples), lowest))
         if math.isfinite(losses[-1]):
-            state = _state(model, context, build_optimizer)
+            state = trial_state(model, context, build_optimizer)
             checks.append(check_blind(state, context, material.few, losses, lowest))
-        _stop_if_failed(checks)
-        checks.append(_check_round_trip(trained.model, context, rebuild, material.few))
+        stop_if_failed(checks)
+        checks.append(check_round_trip(trained.model, context, rebuild, material.few))
         checks.append(_check_export(trained.model, export))
-        subset, bare_rate = check_subset(_state(model, context, build_optimizer), context, material.batches)
+        subset, bare_rate = check_subset(trial_state(model, context, build_optimizer), context, material.batches)
         checks.append(subset)
-        _stop_if_failed(checks)
+        stop_if_failed(checks)
     return Rehearsal(tuple(checks), bare_rate)
 
 
@@ -161,29 +162,31 @@ def _definite(
     checks.append(check_gradients(model, precise, build_optimizer, data))
     if checks[-1].passed:
         plain = replace(context, transform=PlainTransform(context.transform))
-        checks.append(check_learning_rate(_state(model, context, build_optimizer), plain, schedule, few))
+        checks.append(check_learning_rate(trial_state(model, context, build_optimizer), plain, schedule, few))
     chance = float(context.task.describe()["chance_loss"])
     checks.append(check_start(model, context, material.batches[0], chance))
     return checks
 
 
-def _stop_if_failed(checks: Sequence[Check]) -> None:
+def stop_if_failed(checks: Sequence[Check]) -> None:
+    """Raises RehearsalError if one of the checks failed."""
     if not all(c.passed for c in checks):
         raise RehearsalError(checks)
 
 
-def _state(model: nn.Module, context: StepContext, build_optimizer: Build) -> TrainState:
+def trial_state(model: nn.Module, context: StepContext, build_optimizer: Build) -> TrainState:
+    """A state around a copy of a model, for a short training at the peak learning rate."""
     copied = copy.deepcopy(model)
     schedule = Schedule(kind="wsd", warmup_steps=0, stable_until=10**9, total_steps=10**9, lrf=0.0)
     scale = LossScale(context.device.torch_device, active=context.device.scales_loss)
     return TrainState(copied, build_optimizer(copied), None, scale, Progress(schedule))
 
 
-def _check_round_trip(model: nn.Module, context: StepContext, rebuild: Callable[[], nn.Module], few: Micro) -> Check:
+def check_round_trip(model: nn.Module, context: StepContext, rebuild: Callable[[], nn.Module], few: Micro) -> Check:
     """Weights that were trained for some steps predict the same after the way to disk and into a new model."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
-        save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, str(path))
+        save_file({k: v.detach().cpu().clone().contiguous() for k, v in model.state_dict().items()}, str(path))
         other = rebuild()
         other.load_state_dict(load_file(str(path)))
     batch = context.transform.evaluate(context.device.move(few.data))
@@ -192,7 +195,8 @@ def _check_round_trip(model: nn.Module, context: StepContext, rebuild: Callable[
         network.eval()
         with torch.inference_mode(), context.device.autocast():
             outputs.append(context.task.predict(network, batch))
-    same = torch.equal(outputs[0], outputs[1])
+    mine, theirs = (tensors_of(made) for made in outputs)
+    same = mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
     return Check(
         "save, load, predict",
         same,

@@ -134,6 +134,8 @@ def check_subset(state: TrainState, context: StepContext, batches: Sequence[Sequ
         f"loss {first:.2f} → {last:.2f} in {len(losses)} steps over {num} training batches",
         "a learning rate that is too high or far too low, augmentation that destroys what tells the classes apart, or "
         "targets that are mixed wrongly",
+        first,
+        last,
     )
     return check, sum(len(micro.samples) for micro in batches[0]) / statistics.median(seconds[2:] or seconds)
 

@@ -18,7 +18,8 @@ WIDTH = 112
 class Terminal:
     """A listener that prints what happens, as it happens."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    def __init__(self, stream: TextIO | None = None, *, unit: str = "img") -> None:
+        self._unit = unit  # of the rate, a second
         self._stream = stream or sys.stderr
         self._bar: Any = None
         self._task: Any = None
@@ -107,20 +108,26 @@ class Terminal:
                 self._task,
                 completed=event["step"],
                 total=event["total_steps"],
-                note=f"loss {event['loss']:.3f} · {event['rate']:.0f} img/s · lr {event['lr']:.1e}",
+                note=f"loss {event['loss']:.3f} · {event['rate']:.0f} {self._unit}/s · lr {event['lr']:.1e}",
             )
 
     def _on_epoch(self, event: Event) -> None:
         val, total = event["val"], event["total_steps"]
         steps_per_epoch = max(1, event["step"] // (event["epoch"] + 1))
-        speed = f"{event['samples_per_second']:.0f} img/s"
+        speed = f"{event['samples_per_second']:.0f} {self._unit}/s"
         if self._bare:
             speed += f" ({event['samples_per_second'] / self._bare:.0%} of the model's own speed)"
         arrow = " ↑" if event["improved"] else ""
+        figures = [(name, float(value)) for name, value in val.items() if name != "loss"]
+        if "accuracy" in val:
+            figures = [("acc", float(val["accuracy"]))]
+        shown = "".join(
+            f" · {name} " + (f"{100 * value:.1f} %" if name == "acc" else f"{value:.4g}") for name, value in figures[:3]
+        )
         memory = f"{event['memory'] / 1e9:.1f} GB"
         line = (
             f"epoch {event['epoch'] + 1}/{max(event['epoch'] + 1, total // steps_per_epoch)}  loss {float(event['train_loss']):.3f} · "
-            f"val {float(val['loss']):.3f} · acc {100 * float(val['accuracy']):.1f} %{arrow} · lr {event['lr']:.1e} · "
+            f"val {float(val['loss']):.3f}{shown}{arrow} · lr {event['lr']:.1e} · "
             f"{speed} · {memory}{self._eta(event)}"
         )
         self._line(line)
