@@ -116,7 +116,9 @@ def test_a_time_budget_follows_a_machine_that_slows_down(monkeypatch):
         if progress.step == 300:
             seconds = 0.25  # the machine is shared from here on
         if spent.is_due():
-            progress.schedule = fit_schedule(progress, spent.steps_left(progress.step, STEPS), most_steps=10_000, decay=0.2)
+            progress.schedule = fit_schedule(
+                progress, spent.steps_left(progress.step, STEPS), most_steps=10_000, decay=0.2
+            )
         if position == STEPS:
             now[0] += 1.0  # validation
             spent.end_epoch(1.0)

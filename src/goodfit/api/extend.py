@@ -107,7 +107,9 @@ def _start(checkpoints: Checkpoints, last: Snapshot, parts: Parts, epochs: int) 
     step = int(progress["step"])
     warm = min(step + WARMUP_EPOCHS * parts.train.steps_per_epoch, total)
     falls = max(warm, total - round(plan.decay.value * total))
-    again = Schedule(kind="wsd", begin=step, warmup_steps=warm, stable_until=falls, total_steps=total, lrf=plan.lrf.value)
+    again = Schedule(
+        kind="wsd", begin=step, warmup_steps=warm, stable_until=falls, total_steps=total, lrf=plan.lrf.value
+    )
     return last, again, "the rate had fallen: from the end, with a warm-up of an epoch, then stable, then its decay"
 
 

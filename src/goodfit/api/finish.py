@@ -47,9 +47,7 @@ TRAIN_SAMPLES = 1000  # training images that the finished model is measured on, 
 
 def load_best(parts: Parts, checkpoints: Checkpoints) -> None:
     """Put the best weights of the run into the model, in float32."""
-    best = parts.state.progress.best
-    assert best is not None
-    parts.state.model.load_state_dict(checkpoints.load_state(best).evaluated)
+    parts.state.model.load_state_dict(checkpoints.load_best(parts.state.progress).evaluated)
 
 
 def training_accuracy(run: Run, parts: Parts, journal: Journal) -> dict[str, float]:

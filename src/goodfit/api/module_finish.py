@@ -35,8 +35,7 @@ WEIGHTS = "model.safetensors"
 
 def finish_module(run: Run, module: nn.Module, parts: ModuleParts, checkpoints: Checkpoints, journal: Journal) -> Run:
     """From trained weights to a finished run, and the weights into the module that was handed over."""
-    snapshot = checkpoints.load_best(parts.state.progress)
-    weights = snapshot.files["ema" if parts.plan.ema.value else "model"]
+    weights = checkpoints.load_best(parts.state.progress).evaluated
     parts.state.model.load_state_dict(weights)
     write_bytes(run.path / WEIGHTS, save(weights))
     done = run.path / "test.json"

@@ -10,6 +10,7 @@ from goodfit.api.assemble import FitParts
 from goodfit.api.folder import Run
 from goodfit.api.prepare import stage
 from goodfit.config.plan import Plan
+from goodfit.config.sizes import InputSizes
 from goodfit.core.history import bare_rate
 from goodfit.core.journal import Journal
 from goodfit.core.machine import num_cores

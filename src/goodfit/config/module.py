@@ -12,6 +12,7 @@ from goodfit.config.parse import read_request
 from goodfit.config.plan import Decision, Plan
 from goodfit.config.recipe import choose_recipe
 from goodfit.config.request import TrainRequest, options, spellings
+from goodfit.config.sizes import InputSizes
 from goodfit.core.errors import RequestError
 
 _OWN_DATA = "the data is handed over as train=, val= and test="
@@ -106,7 +107,7 @@ def resolve_module(request: TrainRequest, facts: Facts, base: Plan | None = None
         "accumulate": accumulate,
         **recipe,
         "monitor": choose("monitor", "loss", "every loss has it; monitor= takes any metric"),
-        **choose_execution(choose, facts, 0, recipe["epochs"].value),
+        **choose_execution(choose, facts, InputSizes(imgsz=0, step=0, epochs=recipe["epochs"].value), 0.0),
         "seed": choose("seed", 0, "fixed, so that the run can be repeated"),
         "deterministic": choose("deterministic", False, "the CPU repeats itself anyway; on a GPU it costs speed"),
         "rehearse": choose("rehearse", True, "seconds now against a night lost"),

@@ -119,35 +119,6 @@ def _averages(choose: Chooser, epochs: int, schedule: dict[str, Decision[Any]]) 
         problem = f"{swa.value:g} of {epochs} epochs is {length}, and an average needs {SWA_EPOCHS}"
     elif epochs - length < schedule["warmup"].value:
         problem = f"its {length} epochs would begin before the warm-up of {schedule['warmup'].value:g} has ended"
-    elif asked:
-        problem = f"the average takes the place of wsd's decay, so {asked[0]}= cannot be used"
-    if problem:
-        raise RequestError(f"swa={swa.value:g}: {problem}.", next="use another share, or swa=0")
-    if choose.request.swa is not None:
-        rate = "without wsd's decay" if wsd else "at the rate reached by then"
-        swa = replace(swa, reason=f"{swa.reason}: equal average of the epochs in this last share, {rate}, batch norm anew"
-                      f"{'; ends the moving average' if ema.value else ''}")  # fmt: skip
-    return {"ema": ema, "swa": swa}
-
-
-def _averages(choose: Chooser, epochs: int, schedule: dict[str, Decision[Any]]) -> dict[str, Decision[Any]]:
-    """The moving average of the weights, and stochastic weight averaging over the last part of the run.
-
-    Raises:
-        RequestError: the part is too short to average over, reaches into the warm-up, or meets a decay that was asked for.
-    """
-    ema = choose("ema", True, "the average of the last steps validates better than the last step")
-    swa = choose("swa", 0.0, "the moving average does the same")
-    if not swa.value:
-        return {"ema": ema, "swa": swa}
-    length = round(swa.value * epochs)
-    wsd = schedule["schedule"].value == "wsd"
-    asked = [name for name in ("decay", "lrf") if wsd and getattr(choose.request, name) is not None]
-    problem = ""
-    if length < SWA_EPOCHS:
-        problem = f"{swa.value:g} of {epochs} epochs is {length}, and an average needs {SWA_EPOCHS}"
-    elif epochs - length < schedule["warmup"].value:
-        problem = f"its {length} epochs would begin before the warm-up of {schedule['warmup'].value:g} has ended"
     elif choose.request.time is not None:
         problem = "a time budget moves the end of the run, before which it would begin"
     elif asked:

@@ -70,9 +70,7 @@ class TimeBudget:
         return max(0, int(left / (self._step_seconds + self.rest_seconds / steps_per_epoch)))
 
 
-def fit_schedule(
-    progress: Progress, steps_left: int, *, most_steps: int, decay: float, close: float = 0.0
-) -> Schedule:
+def fit_schedule(progress: Progress, steps_left: int, *, most_steps: int, decay: float, close: float = 0.0) -> Schedule:
     """The schedule that ends when the time does, without a jump of the rate.
 
     Before the decay, decay and end move. Within it, what is done of it stays done: of a half-cosine over which 30 % has

@@ -183,6 +183,11 @@ class Checkpoints:
         name = self._name_of(place)
         return self._held[name] if name in self._held else self.load(name)
 
+    def load_best(self, progress: Progress) -> Snapshot:
+        """The best state of a run so far; raises as load."""
+        assert progress.best is not None
+        return self.load_state(progress.best)
+
     def newest_pinned(self, segment: int) -> dict[str, int] | None:
         """Segment and step of the newest pinned checkpoint of a segment or of those before it; None if there is none."""
         pinned = [_order(p) for p in self._directories() if _is_pinned(p)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
+from typing import Any
 
 from goodfit.config.lr_range import LrRange
 from goodfit.engine.schedule import Schedule
@@ -44,7 +45,8 @@ def plot_schedule(schedule: Schedule, peaks: dict[str, float], steps_per_epoch: 
     axis.set_ylim(bottom=0)
     axis.set_xlabel("step")
     axis.set_ylabel("learning rate")
-    above = axis.secondary_xaxis("top", functions=(lambda s: s / steps_per_epoch, lambda e: e * steps_per_epoch))
+    epochs: Any = (lambda step: step / steps_per_epoch, lambda epoch: epoch * steps_per_epoch)
+    above = axis.secondary_xaxis("top", functions=epochs)
     above.set_xlabel("epoch")
     axis.grid(color=COLOURS["grid"], linewidth=0.6)
     axis.spines["right"].set_visible(False)

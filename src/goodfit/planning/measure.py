@@ -182,7 +182,9 @@ def measure_batches(
 
 
 def _in_turn(
-    state: TrainState, context: StepContext, groups_of: Callable[[int], Sequence[Sequence[Micro]]],
+    state: TrainState,
+    context: StepContext,
+    groups_of: Callable[[int], Sequence[Sequence[Micro]]],
     costs: Sequence[BatchCost],
 ) -> Iterator[BatchCost]:
     """The same sizes with seconds that compare: medians over rounds of one step of each."""

@@ -104,7 +104,10 @@ def num_checkpoints(plan: Plan) -> tuple[int, int]:
     """
     epochs = plan.epochs.value
     plateau = 0 < plan.patience.value < epochs
-    decays = plan.warmup.value > 0 or plan.schedule.value in ("step", "multistep")  # after warm-up, or at a step of their own
+    decays = plan.warmup.value > 0 or plan.schedule.value in (
+        "step",
+        "multistep",
+    )  # after warm-up, or at a step of their own
     pinned = 1 if plan.schedule.value == "wsd" else decays + plateau
     while plan.schedule.value == "wsd" and epochs * 2**pinned <= plan.most_epochs.value:
         pinned += 1  # each extension starts from a state that is kept
