@@ -175,14 +175,14 @@ def test_the_moving_average_is_the_closed_sum_over_its_moves_also_masked_and_res
 
 
 def averaging(epochs, share, kind="wsd"):
-    schedule = plan_schedule(kind, epochs=epochs, warmup=1, lrf=0.0, steps_per_epoch=STEPS)
+    schedule = plan_schedule(kind, epochs=epochs, warmup=1, lrf=0.0, steps_per_epoch=STEPS, decay=0.2)
     return schedule.averaging(round(share * epochs) * STEPS)
 
 
 @pytest.mark.parametrize("kind", ["wsd", "cosine"])
 def test_while_averaging_the_rate_stays_as_it_was_when_that_began(kind):
     schedule = averaging(20, 0.25, kind)
-    plain = plan_schedule(kind, epochs=20, warmup=1, lrf=0.0, steps_per_epoch=STEPS)
+    plain = plan_schedule(kind, epochs=20, warmup=1, lrf=0.0, steps_per_epoch=STEPS, decay=0.2)
     start = 15 * STEPS
     reached = 1.0 if kind == "wsd" else plain.factor(start)
     assert {schedule.factor(step) for step in range(start, 20 * STEPS)} == {reached}

@@ -97,7 +97,7 @@ def _report(run: Run, parts: ModuleParts, journal: Journal, test: dict[str, Any]
         figures = ("n", "look", "low", "high", "interval", "sealed")
         facts = {
             "name": run.path.name, "splits": {name: len(samples) for name, samples in parts.splits.named().items()},
-            "format": parts.splits.train.format, "findings": [], "test": test, "rate": rate(run),
+            "format": parts.splits.train.format, "findings": [], "gap": {}, "test": test, "rate": rate(run),
             "figures": {name: {"val": value, "test": test.get(name)} for name, value in best.get("metrics", {}).items()
                         if name not in figures},
             "warnings": [e["text"] for e in events if e["event"] == "warning"],

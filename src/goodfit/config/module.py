@@ -35,8 +35,8 @@ WHY_NOT = {  # options that goodfit.fit refuses, and why
 NEUTRAL: dict[str, Any] = {  # decisions that mean nothing here
     "split": "", "split_seed": 0, "fraction": 1.0, "max_bad": 0.0, "pretrained": "false", "weights": "", "imgsz": 0,
     "preprocessing": {}, "label_smoothing": 0.0, "dropout": 0.0, "drop_path": 0.0, "balance": "off", "augment": "off",
-    "scale": 0.0, "multi_scale": 0.0, "progressive": 1.0, "policy": "off", "erase": 0.0, "close_augment": 0.0, "flip": 0.0,
-    "mixup": 0.0, "cutmix": 0.0, "layer_decay": 1.0, "freeze": "", "unfreeze": "never", "cache": "off", "latency": 0.0,
+    "scale": 0.0, "multi_scale": 0.0, "progressive": 1.0, "size_step": 0, "policy": "off", "erase": 0.0, "close_augment": 0.0,
+    "flip": 0.0, "mixup": 0.0, "cutmix": 0.0, "layer_decay": 1.0, "freeze": "", "unfreeze": "never", "cache": "off", "latency": 0.0,
     "latency_threads": 1,
 }  # fmt: skip
 NEUTRAL_REASON = "up to the module, its loss and its dataset"

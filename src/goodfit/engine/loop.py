@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import closing
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -95,7 +95,6 @@ def fit(
                          ranks=context.ranks, stop=stop)  # fmt: skip
         if meter is None:
             _save_and_stop(state, checkpoints, epoch, stop)
-            continue
         _close_epoch(state, meter.compute(), measured, settings=settings, checkpoints=checkpoints, journal=journal,
                      train=train, epoch=epoch)  # fmt: skip
         if not state.progress.finished and context.ranks.any(stop()):
@@ -213,7 +212,7 @@ def _extend(
             reason=f"{why}: extended to {epochs} epochs")  # fmt: skip
 
 
-def _save_and_stop(state: TrainState, checkpoints: Checkpoints, epoch: _Epoch, stop: StopFlag) -> None:
+def _save_and_stop(state: TrainState, checkpoints: Checkpoints, epoch: _Epoch, stop: StopFlag) -> NoReturn:
     _save(state, checkpoints, epoch)
     raise Stopped(f"Stopped at step {state.step}, in epoch {state.progress.epoch + 1}.", exit_code=stop.exit_code,
                   kept=f"checkpoint {take_name(state)}", next="goodfit resume RUN")  # fmt: skip

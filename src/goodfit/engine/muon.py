@@ -36,7 +36,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(rows, defaults)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
+    def step(self, closure: None = None) -> None:
         """Update every parameter that has a gradient. The state must be there: momentum_buffer of a matrix; step,
         exp_avg and exp_avg_sq of any other parameter."""
         for group in self.param_groups:
