@@ -160,7 +160,7 @@ def trial_plan(request: TrainRequest, facts: Facts, size: int, design: StudyDesi
     asked = replace(request, batch=size, batch_study=None, epochs=design.epochs, time=None)
     whole = resolve(request, facts)
     share = design.epochs / whole.epochs.value  # of a long run: lengths are the same part of the short one
-    lengths = {"warmup": f"{share * whole.warmup.value:g}", "period": f"{share * whole.period.value:g}",
+    lengths: dict[str, Any] = {"warmup": f"{share * whole.warmup.value:g}", "period": f"{share * whole.period.value:g}",
                "milestones": ",".join(f"{share * mark:g}" for mark in whole.milestones.value),
                "decay": f"{100 * whole.decay.value:g}%"}  # fmt: skip
     asked = replace(asked, **{name: text for name, text in lengths.items() if getattr(request, name) is not None})
