@@ -15,7 +15,7 @@ from goodfit.config.request import OPTIMIZERS
 from goodfit.engine.checkpoint import Checkpoints, restore, take_snapshot, tensors_sha256
 from goodfit.engine.device import DevicePolicy
 from goodfit.engine.muon import matrix_names, orthogonalise
-from goodfit.engine.optimizer import build_optimizer, optimizer_tensors, set_learning_rate
+from goodfit.engine.optimizer import FUSED, build_optimizer, optimizer_tensors, set_learning_rate
 from goodfit.engine.ranks import Ranks
 from goodfit.engine.schedule import Schedule, plan_schedule
 from goodfit.engine.state import LossScale, Progress, TrainState, copy_buffers
@@ -264,6 +264,42 @@ def test_one_cycle_moves_momentum_and_a_cool_down_puts_it_back(kind):
         assert group.get("betas") == (betas and (0.87, betas[1]))
     set_learning_rate(state.optimizer, 1.0)
     assert [(g.get("momentum"), g.get("betas")) for g in state.optimizer.param_groups] == planned
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_one_cycle_trains_as_torchs_does(kind):
+    """Rate and momentum of each step, to the weights after 100."""
+    schedule = plan_schedule("onecycle", epochs=1, steps_per_epoch=100, warmup=0.3, lrf=4e-6, decay=0.2)
+    ours, other = network().double(), network().double()
+    state = make_state(ours, kind, momentum=0.95, schedule=schedule)
+    (reference,) = theirs(kind, other)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(reference, [0.01, 0.02, 0.01], total_steps=100, pct_start=0.3)
+    for number in range(100):
+        data = batch(seed=number, dtype=torch.float64)
+        train_step(state, context(), chop(data, (12,)), schedule.factor(number), [])
+        reference.zero_grad()
+        (nn.functional.cross_entropy(other(data["x"]), data["y"], reduction="sum") / 12).backward()
+        reference.step()
+        if number < 99:
+            cycle.step()
+    for p, q in zip(ours.parameters(), other.parameters(), strict=True):
+        assert float((p - q).detach().abs().max()) <= 1e-7
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_moments_lie_in_memory_as_their_weights(kind):
+    """The fused CPU kernels pair weights and moments by their place in memory: otherwise files would name other ones."""
+    first, second = Kernels(), Kernels()
+    for layer in (second.first, second.depthwise, second.second):
+        layer.weight.data = layer.weight.data.contiguous(memory_format=torch.contiguous_format)
+    assert first.second.weight.stride() != second.second.weight.stride()
+    states = make_state(first, kind), make_state(second, kind)
+    for number in range(3):
+        for state in states:
+            step(state, batch(seed=number), context())
+    pairs = [(optimizer_tensors(a.optimizer) | a.model.state_dict()) for a in states]
+    for name, value in pairs[0].items():
+        assert float((value - pairs[1][name]).norm()) <= 0.01 * float(value.norm()), name
 
 
 @pytest.mark.parametrize("sizes", [(12,), (5, 4, 3)])

@@ -35,23 +35,26 @@ class Muon(torch.optim.Optimizer):
                     "capturable": capturable}  # fmt: skip
         super().__init__(rows, defaults)
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # noqa: ARG002
         """Update every parameter that has a gradient. The state must be there: momentum_buffer of a matrix; step,
         exp_avg and exp_avg_sq of any other parameter."""
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if group["matrix"]:
-                for parameter in parameters:
-                    self._update_matrix(parameter, group)
-            elif parameters:
-                states = [self.state[p] for p in parameters]
-                adamw(
-                    parameters, [p.grad for p in parameters], [s["exp_avg"] for s in states],
-                    [s["exp_avg_sq"] for s in states], [], [s["step"] for s in states], foreach=True,
-                    capturable=group["capturable"], amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1],
-                    lr=group["lr"], weight_decay=group["weight_decay"], eps=EPS, maximize=False,
-                )  # fmt: skip
+        with torch.no_grad():
+            for group in self.param_groups:
+                parameters = [p for p in group["params"] if p.grad is not None]
+                if group["matrix"]:
+                    for parameter in parameters:
+                        self._update_matrix(parameter, group)
+                elif parameters:
+                    self._update_others(parameters, group)
+
+    def _update_others(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
+        states = [self.state[p] for p in parameters]
+        adamw(
+            parameters, [p.grad for p in parameters], [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states],
+            [], [s["step"] for s in states], foreach=True, capturable=group["capturable"], amsgrad=False,
+            beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"], eps=EPS,
+            maximize=False,
+        )  # fmt: skip
 
     def _update_matrix(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
         gradient, momentum = parameter.grad, group["momentum"]

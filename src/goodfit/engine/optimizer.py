@@ -111,7 +111,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float, momentum:
     return float(optimizer.param_groups[0]["lr"])
 
 
-@torch.no_grad()
 def mask_update(
     optimizer: torch.optim.Optimizer, divisor: torch.Tensor, bad: torch.Tensor, *, reads_are_free: bool
 ) -> list[torch.Tensor]:
@@ -138,13 +137,14 @@ def mask_update(
         optimizer.zero_grad(set_to_none=True)
         return []
     torch._foreach_div_([p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None], divisor)
-    return [] if reads_are_free else [tensor.clone() for tensor in _changing(optimizer)]
+    return [] if reads_are_free else [tensor.detach().clone() for tensor in _changing(optimizer)]
 
 
-@torch.no_grad()
 def undo_update(optimizer: torch.optim.Optimizer, copies: list[torch.Tensor], bad: torch.Tensor) -> None:
     """Put the copies of `mask_update` back where `bad` is true."""
-    if copies:
+    if not copies:
+        return
+    with torch.no_grad():
         for tensor, copied in zip(_changing(optimizer), copies, strict=True):
             tensor.copy_(torch.where(bad.to(tensor.device), copied, tensor))
 
@@ -167,7 +167,6 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
     }
 
 
-@torch.no_grad()
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
     """The inverse of optimizer_tensors; rates stay those of the optimizer, which the schedule sets anyway.
 

@@ -148,10 +148,7 @@ class Schedule:
         return self.lrf + (1 - self.lrf) * height * (1 - abs(within / self.period - 1))
 
     def _one_cycle(self, step: int, start: float, peak: float, end: float) -> float:
-        top, last = (
-            max(0, self.warmup_steps - 1),
-            self.total_steps - 1,
-        )  # the last steps of rise and fall reach their ends
+        top, last = max(0, self.warmup_steps - 1), self.total_steps - 1  # the last steps of rise and fall
         if step <= top:
             return peak + (start - peak) * _half_cosine(step / top if top > 0 else 1.0)
         return end + (peak - end) * _half_cosine(min(1.0, (step - top) / max(1, last - top)))

@@ -92,7 +92,6 @@ def train_step(
     return StepRecord(state.step, loss, norm, bad, lr, num_samples, samples)
 
 
-@torch.no_grad()
 def _clamp(gradients: list[torch.Tensor], scale: torch.Tensor, limit: float) -> torch.Tensor:
     """Unscale the gradients and clamp their elements to ± limit, in place. Returns their norm after it."""
     torch._foreach_div_(gradients, scale)

@@ -35,28 +35,28 @@ def plot_schedule(schedule: Schedule, peaks: dict[str, float], steps_per_epoch: 
         named = len(peaks) <= MAX_RATES or number in (0, len(peaks) - 1)
         axis.plot(steps, [peak * factor for factor in factors], linewidth=1.6, color=colormaps["viridis"](0.85 * number / len(peaks)),
                   label=f"{name}: {peak:.3g}" if named else None)  # fmt: skip
-    marks = {schedule.stable_until: "decay begins", schedule.closing_from: "strong augmentation ends"}
-    for number, (step, text) in enumerate(sorted(marks.items())):
+    marks = {schedule.stable_until: ("decay begins", "--"), schedule.closing_from: ("strong augmentation ends", ":")}
+    for step, (text, style) in sorted(marks.items()):
         if 0 < step < total:
-            axis.axvline(step, color=COLOURS["lr"], linestyle=":", linewidth=1.2)
-            axis.annotate(text, (step, 1.0 - 0.06 * number), xycoords=("data", "axes fraction"), ha="right", va="top",
-                          fontsize=8, xytext=(-4, -3), textcoords="offset points")  # fmt: skip
+            axis.axvline(step, color=COLOURS["lr"], linestyle=style, linewidth=1.2, label=text)
     axis.set_xlim(0, total)
     axis.set_ylim(bottom=0)
     axis.set_xlabel("step")
     axis.set_ylabel("learning rate")
-    epochs: Any = (lambda step: step / steps_per_epoch, lambda epoch: epoch * steps_per_epoch)
-    above = axis.secondary_xaxis("top", functions=epochs)
-    above.set_xlabel("epoch")
+
+    def to_epochs(step: Any) -> Any:
+        return step / steps_per_epoch
+
+    def to_steps(epoch: Any) -> Any:
+        return epoch * steps_per_epoch
+
+    axis.secondary_xaxis("top", functions=(to_epochs, to_steps)).set_xlabel("epoch")
     axis.grid(color=COLOURS["grid"], linewidth=0.6)
     axis.spines["right"].set_visible(False)
-    axis.legend(frameon=False, fontsize=8, loc="lower left")
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     later = "; falls when validation no longer improves" if schedule.kind == "plateau" else ""
-    axis.set_title(
-        f"schedule {schedule.kind}: {total:,} steps of {total / steps_per_epoch:g} epochs{later}",
-        fontsize=9,
-        loc="left",
-    )
+    length = f"{total:,} steps, {total / steps_per_epoch:g} epochs"
+    axis.set_title(f"schedule {schedule.kind}: {length}{later}", fontsize=9, loc="left")
     figure.savefig(path, dpi=110)
 
 
