@@ -107,7 +107,7 @@ def test_names_are_shown_as_text_in_the_report(tmp_path):
             "per_class": [{"class": evil, "precision": 1, "recall": 1, "f1": 1, "count": 5}]}  # fmt: skip
     facts = {
         "name": evil, "data": {"note": evil, "num_items": 1, "classes": [evil], "splits": {"train": 1, "val": 1, "test": 1}},
-        "findings": [{"kind": "leak", "severity": "warning", "count": 4, "items": [evil] * 4, "action": evil, "override": evil}],
+        "gap": {}, "findings": [{"kind": "leak", "severity": "warning", "count": 4, "items": [evil] * 4, "action": evil, "override": evil}],
         "decisions": {"lr": {"value": evil, "source": "rule", "reason": evil}}, "test": test, "comparison": [],
         "bundle": None, "gain": None, "training": evil, "rate": {"samples_per_second": 1.0, "share_of_bare": 0.9},
         "seconds": {"data": 1.0, "audit": 2.0}, "commands": [evil], "versions": {"goodfit": "0"},
