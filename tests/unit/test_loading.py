@@ -93,8 +93,10 @@ def test_what_was_asked_is_called_a_loss_from_a_fifth_on():
 
 
 def decisions(costs, cache="off", **asked):
-    facts = dataclasses.make_dataclass("F", ["machine", "measured"])(
-        dataclasses.make_dataclass("M", ["num_cores"])(2), Measured(batch=32, loading=tuple(costs))
+    facts = dataclasses.make_dataclass("F", ["data", "machine", "measured"])(
+        dataclasses.make_dataclass("D", ["task"])("classify"),
+        dataclasses.make_dataclass("M", ["num_cores"])(2),
+        Measured(batch=32, loading=tuple(costs)),
     )
     chooser = Chooser(TrainRequest(cache=cache, **asked), None)
     made = _loading(chooser, facts, Decision(cache, "asked for", "asked"))
