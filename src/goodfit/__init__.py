@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from goodfit.api.demo import demo
     from goodfit.api.folder import Run
+    from goodfit.api.models import list_models
     from goodfit.api.predict import predict
     from goodfit.api.train import audit, plan, resume, test, train
     from goodfit.core.errors import (
@@ -45,6 +46,7 @@ _HOMES = {
     "WeightsError": "core.errors",
     "audit": "api.train",
     "demo": "api.demo",
+    "list_models": "api.models",
     "plan": "api.train",
     "predict": "api.predict",
     "resume": "api.train",
@@ -65,6 +67,7 @@ __all__ = [
     "WeightsError",
     "audit",
     "demo",
+    "list_models",
     "plan",
     "predict",
     "resume",

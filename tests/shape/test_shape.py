@@ -34,7 +34,7 @@ MAX_FUNCTION_LINES = 60
 
 PUBLIC = [
     "DataError", "ExportError", "GoodfitError", "OutOfMemory", "RequestError", "Run", "Stopped", "StorageError",
-    "TrainingError", "WeightsError", "audit", "demo", "plan", "predict", "resume", "test", "train",
+    "TrainingError", "WeightsError", "audit", "demo", "list_models", "plan", "predict", "resume", "test", "train",
 ]  # fmt: skip
 
 OPTIONS = [
