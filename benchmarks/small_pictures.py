@@ -56,7 +56,9 @@ def batches(pictures: torch.Tensor, targets: torch.Tensor, batch: int, seed: int
         order = torch.randperm(len(pictures), generator=draw)
         for rows in order[: len(order) // batch * batch].split(batch):
             places = torch.randint(0, 9, (batch, 2), generator=draw).tolist()
-            made = torch.stack([padded[r, :, y : y + side, x : x + side] for r, (y, x) in zip(rows, places, strict=True)])
+            made = torch.stack(
+                [padded[r, :, y : y + side, x : x + side] for r, (y, x) in zip(rows, places, strict=True)]
+            )
             mirrored = torch.rand(batch, generator=draw) < 0.5
             made[mirrored] = made[mirrored].flip(3)
             yield made, targets[rows]

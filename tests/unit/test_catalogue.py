@@ -133,7 +133,10 @@ def test_names_with_a_stem():
     for name in ("resnet18-stem1.a1_in1k", "resnet10t-stem2", "resnet50d.a1_in1k", "vgg11"):
         assert split_name(name).text == name
     facts = look_up("resnet10t-stem1", "false", asked=False)
-    assert facts.name == "resnet10t-stem1" and facts.num_parameters == look_up("resnet10t", "false", asked=False).num_parameters
+    assert (
+        facts.name == "resnet10t-stem1"
+        and facts.num_parameters == look_up("resnet10t", "false", asked=False).num_parameters
+    )
     with pytest.raises(RequestError, match=r"-stem3 is not -stem1 or -stem2"):
         look_up("resnet18-stem3", "false", asked=False)
     with pytest.raises(RequestError, match=r"no stem of a residual network"):
@@ -152,26 +155,30 @@ def test_a_stem_takes_the_weights_of_its_network_and_sees_more(tmp_path):
     report = load_weights(fine, tmp_path / "w.safetensors")
     assert report.initialised == ("fc.weight", "fc.bias") and not report.unused
     picture = torch.randn(1, 3, 32, 32)
-    sides = [network.eval().forward_features(picture).shape[-1] for network in (plain, create("resnet10t-stem2", num_classes=3).eval(), fine)]
+    sides = [
+        network.eval().forward_features(picture).shape[-1]
+        for network in (plain, create("resnet10t-stem2", num_classes=3).eval(), fine)
+    ]
     assert sides == [1, 2, 4]
 
 
 def step(network, imgsz):
     """Two steps on one batch; returns both losses."""
     images, targets = torch.randn(4, 3, imgsz, imgsz), torch.tensor([0, 1, 2, 0])
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.001)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.003)  # of a gradient of norm 1: small enough to fall for certain
     losses = []
     for _ in range(2):
         loss = torch.nn.functional.cross_entropy(network.train()(images), targets)
         optimizer.zero_grad()
         loss.backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         losses.append(float(loss.detach()))
     return losses
 
 
-@over(CLASSIFY, lambda model: model.multiply_adds > CHEAP)
+@over(CLASSIFY, lambda model: model.multiply_adds > CHEAP or not model.rung_for)
 def test_every_network_builds_steps_saves_and_traces(model, tmp_path):
     imgsz = min(64, model.imgsz)
     torch.manual_seed(0)
@@ -220,10 +227,17 @@ def test_the_table_lists_every_network_and_what_was_measured_here(tmp_path, monk
     assert main(["models", "json=true"]) == 0
     value = json.loads(capsys.readouterr().out)
     (row,) = [row for row in value["models"] if row["name"] == "resnet18.a1_in1k"]
-    assert value["status"] == "done" and row["latency"] == [{"imgsz": 160, "threads": 1, "p50_ms": 20.5, "p95_ms": 22.0}]
+    assert value["status"] == "done" and row["latency"] == [
+        {"imgsz": 160, "threads": 1, "p50_ms": 20.5, "p95_ms": 22.0}
+    ]
     assert main(["models", "task=classify"]) == 0
     shown = capsys.readouterr().out
-    assert "20.5 ms at 160 (1 thread)" in shown and "11.7 M" in shown and "73.2 % at 288" in shown and "apache-2.0" in shown
+    assert (
+        "20.5 ms at 160 (1 thread)" in shown
+        and "11.7 M" in shown
+        and "73.2 % at 288" in shown
+        and "apache-2.0" in shown
+    )
     assert table(value["models"]) == shown.splitlines()
     file = tmp_path / timings.FOLDER / "a.json"
     file.write_text(file.read_text("utf-8").replace('"num_cores": ', '"num_cores": 9'), "utf-8")

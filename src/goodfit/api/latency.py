@@ -104,7 +104,12 @@ def typical_files(index: DatasetIndex, rows: npt.NDArray[np.int64], number: int 
 
 @contextmanager
 def timing(
-    preprocessing: Mapping[str, Any], labels: Sequence[str], files: Sequence[bytes], *, threads: int, fresh: bool = False
+    preprocessing: Mapping[str, Any],
+    labels: Sequence[str],
+    files: Sequence[bytes],
+    *,
+    threads: int,
+    fresh: bool = False,
 ) -> Iterator[Timing]:
     """What times one candidate: from the user cache, else in a process that is started at the first need.
 

@@ -106,4 +106,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             f"{row['multiply_adds'] / 1e9:>8.3f} G at {row['imgsz']:>3} px  {top1:>16}  {row['licence'] or '–':<12}  "
             f"{row['weights']:<7}  {measured or '–'}"
         )
-    return [*lines, "* what model=auto chooses from; -stem1 and -stem2: for small pictures, from scratch; any other timm name works too"]
+    return [
+        *lines,
+        "* what model=auto chooses from; -stem1 and -stem2: for small pictures, from scratch; any other timm name works too",
+    ]

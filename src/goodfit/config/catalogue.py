@@ -17,14 +17,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Pictures = Literal["tiny", "small", "photos"]
-TINY_SIDE = 28  # pixels: digits of 8 px learn to 99 % with the cheapest network; from MNIST's 28 px on, the stem matters
+TINY_SIDE = (
+    28  # pixels: digits of 8 px learn to 99 % with the cheapest network; from MNIST's 28 px on, the stem matters
+)
 SMALL_SIDE = 64  # pixels: up to this, pictures share little with the photos that weights were trained on
 CPU_IMGSZ = 160
 PERMISSIVE = ("apache-2.0", "mit", "bsd-3-clause")  # licences of weights that the catalogue may name
 
 # What a training step achieves: multiply-adds a second, three times the forward pass's counted for forward and backward.
 CORE_RATE = 60e9  # of a processor core: resnet18 at 128 px, 63 img/s on two cores of a Xeon in fp32 (90 to 170 on Zen 5 in bf16)
-GPU_RATE = 12e12  # resnet50d 1,078, convnext_small 487 img/s: timm's training benchmark on an RTX 3090 (amp, channels-last)
+GPU_RATE = (
+    12e12  # resnet50d 1,078, convnext_small 487 img/s: timm's training benchmark on an RTX 3090 (amp, channels-last)
+)
 PASSES = {True: 10, False: 30}  # over the data that a run needs at least: from pretrained weights, from scratch
 DAY = 86_400.0  # seconds that a run may need where no time was asked for
 MANY_PHOTOS = 5_000  # on a GPU: from here on, resnet50d ...
@@ -80,7 +84,8 @@ CLASSIFY: tuple[CatalogueModel, ...] = (
                    top1=57.910, **_APACHE, tried_for=("small", "tiny"), serving_ms=1.0),
     CatalogueModel(name="mobilenetv3_small_100.lamb_in1k", num_parameters=2_542_856, multiply_adds=56_510_400, imgsz=224,
                    top1=67.656, **_APACHE, tried_for=("photos", "small", "tiny"), serving_ms=1.7),
-    CatalogueModel(name="resnet10t-stem2", num_parameters=5_435_488, multiply_adds=70_080_512, **_SCRATCH),
+    CatalogueModel(name="resnet10t-stem2", num_parameters=5_435_488, multiply_adds=70_080_512, **_SCRATCH,
+                   tried_for=("small",), serving_ms=1.5),
     CatalogueModel(name="mobilenetv3_large_100.ra_in1k", num_parameters=5_483_032, multiply_adds=216_589_760, imgsz=224,
                    top1=75.766, **_APACHE, tried_for=("photos",), serving_ms=4.0),
     CatalogueModel(name="mobilenetv2_100.ra_in1k", num_parameters=3_504_872, multiply_adds=300_774_272, imgsz=224,
@@ -181,9 +186,13 @@ def _start(rungs: list[CatalogueModel], pictures: Pictures, need: Need) -> tuple
         return _number(rungs, START_SMALL), f"pictures of {need.side} px: a stem that does not reduce them four times"
     many = f"{need.num_train:,} photos of {need.num_classes} classes"
     if need.device != "cuda":
-        return _number(rungs, START_PHOTOS), f"{many} on {'a CPU' if need.device == 'cpu' else 'an Apple GPU'}: a small residual network to start with"
+        return _number(
+            rungs, START_PHOTOS
+        ), f"{many} on {'a CPU' if need.device == 'cpu' else 'an Apple GPU'}: a small residual network to start with"
     if need.num_train >= VERY_MANY_PHOTOS:
-        return _number(rungs, "convnext_tiny" if need.weights else "resnet50d"), f"{many} on a GPU can use a large network"
+        return _number(
+            rungs, "convnext_tiny" if need.weights else "resnet50d"
+        ), f"{many} on a GPU can use a large network"
     if need.num_train >= MANY_PHOTOS or need.num_classes >= MANY_CLASSES:
         return _number(rungs, "resnet50d"), f"{many} on a GPU: a residual network of middle size"
     return _number(rungs, START_PHOTOS), f"{many}: a small residual network to start with"

@@ -22,13 +22,17 @@ SLACK_SAME_MODEL = 0.8  # ... of the network's time at another image size, which
 SIDE = 32  # pixels: image sizes are multiples of it
 STEM_SCORE = 75.0  # of a network without ImageNet figures: for small pictures, before those whose stem is too coarse
 
+
 def _tried(pictures: Pictures) -> tuple[tuple[str, float, float], ...]:
     """What a limit tries for such pictures, from the catalogue: model, order, and milliseconds of its network at 160 pixels.
 
     The second gives the order of preference, best first; the third only what is worth measuring: what is chosen was measured.
     """
     models = [model for model in CATALOGUE["classify"] if pictures in model.tried_for]
-    made = [(m.name, m.top1 or STEM_SCORE, m.serving_ms * (160 / m.imgsz) ** 2 if m.imgsz < 160 else m.serving_ms) for m in models]
+    made = [
+        (m.name, m.top1 or STEM_SCORE, m.serving_ms * (160 / m.imgsz) ** 2 if m.imgsz < 160 else m.serving_ms)
+        for m in models
+    ]
     return tuple(sorted(made, key=lambda row: -row[1]))
 
 

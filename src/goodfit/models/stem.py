@@ -15,7 +15,7 @@ from torch import nn
 
 from goodfit.core.errors import RequestError
 
-STEMS = {"stem1": 1, "stem2": 2, "stem3": 3}  # suffix of a name, and the stride of the stem
+STEMS = {"stem1": 1, "stem2": 2}  # suffix of a name, and the stride of the stem
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +71,5 @@ def set_stem(network: nn.Module, stride: int) -> None:
     if not isinstance(first, nn.Conv2d) or not isinstance(pool, nn.MaxPool2d) or first.stride != (2, 2):
         raise RequestError(f"{type(network).__name__} has no stem of a residual network, so -stem{stride} cannot be used.",
                            where="model=", next="leave the -stem out, or use a residual network, as resnet18-stem1")  # fmt: skip
-    first.stride = (2 if stride == 2 else 1,) * 2
-    if stride != 3:
-        network.maxpool = nn.Identity()
+    first.stride = (stride, stride)
+    network.maxpool = nn.Identity()
