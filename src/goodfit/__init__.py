@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from goodfit.api.extend import extend
     from goodfit.api.fit import fit
     from goodfit.api.folder import Run
+    from goodfit.api.models import list_models
     from goodfit.api.predict import predict
     from goodfit.api.train import audit, plan, resume, test, train
     from goodfit.core.errors import (
@@ -49,6 +50,7 @@ _HOMES = {
     "demo": "api.demo",
     "extend": "api.extend",
     "fit": "api.fit",
+    "list_models": "api.models",
     "plan": "api.train",
     "predict": "api.predict",
     "resume": "api.train",
@@ -71,6 +73,7 @@ __all__ = [
     "demo",
     "extend",
     "fit",
+    "list_models",
     "plan",
     "predict",
     "resume",

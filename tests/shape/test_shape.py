@@ -34,7 +34,8 @@ MAX_FUNCTION_LINES = 60
 
 PUBLIC = [
     "DataError", "ExportError", "GoodfitError", "OutOfMemory", "RequestError", "Run", "Stopped", "StorageError",
-    "TrainingError", "WeightsError", "audit", "demo", "extend", "fit", "plan", "predict", "resume", "test", "train",
+    "TrainingError", "WeightsError", "audit", "demo", "extend", "fit", "list_models", "plan", "predict", "resume",
+    "test", "train",
 ]  # fmt: skip
 
 OPTIONS = [

@@ -83,7 +83,7 @@ def test_what_was_asked_for_is_not_varied():
     assert [(c.model, c.imgsz) for c in candidates(224, model="v", fixed_size=True)] == [("v", 224)]
     assert {c.imgsz % 16 for c in candidates(176, model="vit", fixed_size=False, stride=16)} == {0}
     assert [c.imgsz for c in candidates(24, model="m", fixed_size=False)] == [24]  # never above the rule's
-    small = candidates(32, model=None, fixed_size=False, small=True)
+    small = candidates(32, model=None, fixed_size=False, pictures="tiny")
     assert small[0].model == "resnet10t.c3_in1k" and {c.imgsz for c in small} == {32}
 
 

@@ -9,12 +9,13 @@ from goodfit.api.find_lr import find_lr
 from goodfit.api.latency import fit_latency
 from goodfit.api.prepare import Audited, data_facts, stage
 from goodfit.api.probe import measure, wants_measuring
+from goodfit.config.catalogue import pictures_of
 from goodfit.config.execution import unwise
 from goodfit.config.facts import Facts
 from goodfit.config.measured import Measured
 from goodfit.config.plan import Plan
 from goodfit.config.request import TrainRequest
-from goodfit.config.resolve import SMALL_SIDE, resolve, resolve_model
+from goodfit.config.resolve import resolve, resolve_model
 from goodfit.core.errors import RequestError
 from goodfit.core.journal import Journal
 from goodfit.data.index import DatasetIndex
@@ -60,14 +61,18 @@ def decide(
 def _facts(request: TrainRequest, audited: Audited, base: Plan | None, *, measuring: bool) -> Facts:
     """Data, machine, and the model: where a latency limit was asked for, the one that was measured to fit it."""
     data, machine = data_facts(request, audited, base), find_machine(request.device)
-    wanted = resolve_model(request, data, base)
+    wanted = resolve_model(request, data, machine, base)
     asked = wanted.pretrained.source == "asked"
     model = look_up(wanted.model.value, wanted.pretrained.value, asked=asked)
+    if model.weights_problem:  # the rule may start with another network where there are no weights
+        scratch = resolve_model(request, data, machine, base, weights=False).model.value
+        if scratch != wanted.model.value:
+            model = replace(look_up(scratch, "false", asked=False), weights_problem=model.weights_problem)
     facts = Facts(data=data, machine=machine, model=model)
     if not measuring:
         return facts
-    fitted = fit_latency(request, resolve(request, facts, base), base, model, audited.index, machine,
-                         small=data.median_side <= SMALL_SIDE)  # fmt: skip
+    fitted = fit_latency(request, resolve(request, facts, base), base, model, audited.index,
+                         pictures=pictures_of(data.median_side))  # fmt: skip
     if fitted is not None and fitted.chosen.model != model.name:
         facts = replace(facts, model=look_up(fitted.chosen.model, wanted.pretrained.value, asked=asked))
     return replace(facts, fitted=fitted)

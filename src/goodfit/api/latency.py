@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from goodfit.config.facts import MachineFacts, ModelFacts
+from goodfit.api.timings import keep, kept, machine_key
+from goodfit.config.catalogue import Pictures
+from goodfit.config.facts import ModelFacts
 from goodfit.config.latency import (
     Candidate,
     Fitted,
@@ -34,16 +36,13 @@ from goodfit.config.latency import (
 )
 from goodfit.config.plan import Plan
 from goodfit.config.request import TrainRequest
-from goodfit.core.errors import StorageError
-from goodfit.core.places import cache_folder
-from goodfit.core.safeio import read_json, write_json
+from goodfit.core.safeio import write_json
 from goodfit.data.index import DatasetIndex
 from goodfit.outcome.bundle import library_versions
 
 NUM_FILES = 8  # pictures that are served in turn
 MAX_SECONDS = 50.0  # after which only the cheapest candidate is still measured
 CANDIDATE_SECONDS = 120.0  # after which one is given up
-FORMAT = "latency-1"
 Timing = Callable[[Candidate], LatencyCost]
 
 
@@ -53,9 +52,8 @@ def fit_latency(
     base: Plan | None,
     model: ModelFacts,
     index: DatasetIndex,
-    machine: MachineFacts,
     *,
-    small: bool,
+    pictures: Pictures,
 ) -> Fitted | None:
     """Choose model and image size so that one image is served within the limit; None if no limit was asked for.
 
@@ -63,7 +61,7 @@ def fit_latency(
         plan: As the rules made it, limit and threads in it.
         base: An earlier plan: its model and size stay, and are checked.
         model: The network of `plan`.
-        small: Whether the pictures have few pixels.
+        pictures: What kind they are.
 
     Raises:
         RequestError: nothing fits, or a timing would choose where deterministic=true forbids it.
@@ -78,10 +76,12 @@ def fit_latency(
     limit, threads = plan.latency.value, plan.latency_threads.value
     most = allowance(limit, free=free_model or free_size)
     order = candidates(plan.imgsz.value, model=None if free_model else model.name,
-                       fixed_size=not free_size, stride=model.stride, small=small)  # fmt: skip
+                       fixed_size=not free_size, stride=model.stride, pictures=pictures)  # fmt: skip
     costs: list[LatencyCost] = []
     start = time.monotonic()
-    with timing(plan, index, index.rows("train"), machine, fresh=request.measure is True) as measure:
+    files = [path.read_bytes() for path in typical_files(index, index.rows("train"))]
+    with timing(plan.preprocessing.value, index.class_names, files, threads=threads,
+                fresh=request.measure is True) as measure:  # fmt: skip
         hurry = False
         while (candidate := next_candidate(order, costs, most, hurry=hurry)) is not None:
             costs.append(measure(candidate))
@@ -104,33 +104,41 @@ def typical_files(index: DatasetIndex, rows: npt.NDArray[np.int64], number: int 
 
 @contextmanager
 def timing(
-    plan: Plan, index: DatasetIndex, rows: npt.NDArray[np.int64], machine: MachineFacts, *, fresh: bool = False
+    preprocessing: Mapping[str, Any],
+    labels: Sequence[str],
+    files: Sequence[bytes],
+    *,
+    threads: int,
+    fresh: bool = False,
 ) -> Iterator[Timing]:
-    """What times one candidate: from the user cache, else in a process that is started at the first need."""
-    files = [path.read_bytes() for path in typical_files(index, rows)]
-    preprocessing = dict(plan.preprocessing.value)
-    ask = {"threads": plan.latency_threads.value, "preprocessing": preprocessing, "labels": list(index.class_names),
+    """What times one candidate: from the user cache, else in a process that is started at the first need.
+
+    Args:
+        preprocessing: Of a plan; its sizes are scaled to the candidate's.
+        labels: Class names.
+        files: Bytes of the pictures that are served.
+        threads: Processor threads.
+        fresh: Whether to measure again what is in the cache.
+    """
+    ask = {"threads": threads, "preprocessing": dict(preprocessing), "labels": list(labels),
            "zoom": preprocessing["resize"] / preprocessing["size"]}  # fmt: skip
-    processor = _processor()
     child: _Child | None = None
     with tempfile.TemporaryDirectory() as made:
 
         def measure(candidate: Candidate) -> LatencyCost:
             nonlocal child
-            kept = cache_folder() / FORMAT / f"{_key(candidate, ask, files, machine, processor)}.json"
-            if kept.is_file() and not fresh:
-                with contextlib.suppress(KeyError, TypeError, ValueError, StorageError):  # damaged: measured again
-                    return LatencyCost(**read_json(kept))
+            key = _key(candidate, ask, files)
+            known = None if fresh else kept(key)
+            if known is not None:
+                return known
             if child is None or not child.alive:
                 child = _Child(Path(made), ask, files)
             found = child.answer(candidate)
             if found is None:
-                return LatencyCost(model=candidate.model, imgsz=candidate.imgsz, threads=ask["threads"],
+                return LatencyCost(model=candidate.model, imgsz=candidate.imgsz, threads=threads,
                                    problem="the process that measured it died or took too long")  # fmt: skip
             if not found.problem:
-                with contextlib.suppress(OSError, StorageError):  # a cache
-                    kept.parent.mkdir(parents=True, exist_ok=True)
-                    write_json(kept, {name: getattr(found, name) for name in LatencyCost.__slots__})
+                keep(key, found)
             return found
 
         try:
@@ -140,12 +148,11 @@ def timing(
                 child.end()
 
 
-def _key(candidate: Candidate, ask: dict[str, Any], files: list[bytes], machine: MachineFacts, processor: str) -> str:
+def _key(candidate: Candidate, ask: dict[str, Any], files: Sequence[bytes]) -> str:
     """What a latency depends on: network, size, threads, pictures, machine and versions."""
     pictures = hashlib.blake2b(b"".join(hashlib.blake2b(data).digest() for data in files)).hexdigest()
     text = json.dumps([candidate.model, candidate.imgsz, ask["threads"], ask["zoom"], ask["preprocessing"]["interpolation"],
-                       len(ask["labels"]), pictures, machine.num_cores, processor, library_versions(),
-                       _version("simplejpeg")])  # fmt: skip
+                       len(ask["labels"]), pictures, machine_key(), library_versions(), _version("simplejpeg")])  # fmt: skip
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -156,17 +163,10 @@ def _version(package: str) -> str:
         return ""
 
 
-def _processor() -> str:
-    """The name of the processor, which serves whatever device trains."""
-    from goodfit.engine.device import find_machine
-
-    return find_machine("cpu").device_name
-
-
 class _Child:
     """A process of goodfit.api.latency_child, to which candidates are sent one by one."""
 
-    def __init__(self, folder: Path, ask: dict[str, Any], files: list[bytes]) -> None:
+    def __init__(self, folder: Path, ask: dict[str, Any], files: Sequence[bytes]) -> None:
         for number, data in enumerate(files):
             (folder / f"picture-{number}").write_bytes(data)
         write_json(folder / "ask.json", ask)

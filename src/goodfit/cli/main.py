@@ -137,13 +137,27 @@ def predict(places: Words, asked: Asked) -> Answer:
     return Answer({"status": "done", "num_images": len(rows), "num_failed": failed, "predictions": rows}, lines)
 
 
+def models(places: Words, asked: Asked) -> Answer:
+    """List the networks that goodfit chooses among: cost, licence, measured latency."""
+    from goodfit.api.models import list_models, table
+    from goodfit.config.parse import parse_request
+
+    if places:
+        raise RequestError(f"models takes no place: {places[0]}.", next="goodfit models task=classify measure=true")
+    request = parse_request(asked, allowed=("task", "measure"))
+    rows = list_models(request.task or "classify", measure=request.measure is True)
+    return Answer({"status": "done", "task": request.task or "classify", "models": rows}, table(rows))
+
+
 COMMANDS: dict[str, Callable[[Words, Asked], Answer]] = {
     "train": train, "demo": demo, "resume": resume, "extend": extend, "test": test, "audit": audit, "plan": plan, "predict": predict,
+    "models": models,
 }  # fmt: skip
 USAGE = {
     "train": "goodfit train FOLDER [key=value ...]", "demo": "goodfit demo [key=value ...]",
     "resume": "goodfit resume RUN [workers=N] [latency=20ms]", "extend": "goodfit extend RUN epochs=N", "test": "goodfit test RUN", "audit": "goodfit audit FOLDER [key=value ...]",
     "plan": "goodfit plan FOLDER [key=value ...]", "predict": "goodfit predict BUNDLE IMAGE... [table=true]",
+    "models": "goodfit models [task=classify] [measure=true]",
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from goodfit.config.catalogue import CATALOGUE, Pictures
 from goodfit.core.errors import RequestError
 
 MARGIN = 0.1  # of the limit that a choice leaves free: production is not as quiet as the measurement
@@ -19,23 +20,24 @@ REPEATS_TO = 0.05  # of the limit: how far two measurements of the same bundle m
 SLACK = 0.5
 SLACK_SAME_MODEL = 0.8  # ... of the network's time at another image size, which follows the number of pixels
 SIDE = 32  # pixels: image sizes are multiples of it
+STEM_SCORE = 75.0  # of a network without ImageNet figures: for small pictures, before those whose stem is too coarse
 
-# Model, ImageNet top-1 of its weights in percent (timm's results-imagenet.csv), and milliseconds of its network at 160 pixels
-# in ONNX Runtime on one Zen 5 thread. The first gives the order, the second only what is worth measuring: what is chosen was
-# measured. Residual networks are slow there for what they reach: resnet26d takes 28 ms.
-LADDER: tuple[tuple[str, float, float], ...] = (
-    ("efficientnet_b0.ra_in1k", 77.7, 8.0),
-    ("mobilenetv3_large_100.ra_in1k", 75.8, 4.0),
-    ("resnet18.a1_in1k", 73.2, 20.6),
-    ("mobilenetv2_100.ra_in1k", 73.0, 4.5),
-    ("mobilenetv3_small_100.lamb_in1k", 67.7, 1.7),
-)
-# For pictures of few pixels, which need no larger network than the first.
-SMALL_LADDER: tuple[tuple[str, float, float], ...] = (
-    ("resnet10t.c3_in1k", 68.4, 12.4),
-    ("mobilenetv3_small_100.lamb_in1k", 67.7, 1.7),
-    ("mobilenetv3_small_050.lamb_in1k", 57.9, 1.0),
-)
+
+def _tried(pictures: Pictures) -> tuple[tuple[str, float, float], ...]:
+    """What a limit tries for such pictures, from the catalogue: model, order, and milliseconds of its network at 160 pixels.
+
+    The second gives the order of preference, best first; the third only what is worth measuring: what is chosen was measured.
+    """
+    models = [model for model in CATALOGUE["classify"] if pictures in model.tried_for]
+    made = [
+        (m.name, m.top1 or STEM_SCORE, m.serving_ms * (160 / m.imgsz) ** 2 if m.imgsz < 160 else m.serving_ms)
+        for m in models
+    ]
+    return tuple(sorted(made, key=lambda row: -row[1]))
+
+
+# Residual networks are slow in ONNX Runtime for what they reach on photos: resnet26d takes 28 ms at 160 pixels.
+LADDER = _tried("photos")
 # Share of the rule's image size, and the points of top-1 it costs: MobileNetV2 at 160, 128 and 96 pixels has 68.8, 65.3
 # and 60.3 (Sandler et al. 2018, table of the published checkpoints).
 SIZES: tuple[tuple[float, float], ...] = ((1.0, 0.0), (0.8, 3.5), (0.6, 8.5))
@@ -87,7 +89,7 @@ class Fitted:
 
 
 def candidates(
-    imgsz: int, *, model: str | None, fixed_size: bool, stride: int = 1, small: bool = False
+    imgsz: int, *, model: str | None, fixed_size: bool, stride: int = 1, pictures: Pictures = "photos"
 ) -> list[Candidate]:
     """What may be tried, best first.
 
@@ -96,9 +98,9 @@ def candidates(
         model: The only model, where it was asked for.
         fixed_size: Whether only `imgsz` may be tried.
         stride: The image size of `model` must be a multiple of it.
-        small: Whether the pictures themselves have few pixels.
+        pictures: What kind they are: pictures of few pixels need no larger network than the first of theirs.
     """
-    ladder = ((model, 0.0, 10.0),) if model is not None else SMALL_LADDER if small else LADDER
+    ladder = ((model, 0.0, 10.0),) if model is not None else _tried(pictures)
     step = stride if stride > 1 else SIDE
     found: dict[tuple[str, int], Candidate] = {}
     for share, lost in SIZES[:1] if fixed_size else SIZES:

@@ -94,7 +94,7 @@ def coerce(name: str, option: Option, value: Any) -> Any:
     """
     if value is None or (option.kind != "text" and isinstance(value, str) and value.strip().lower() in _DECIDE):
         return None
-    if name == "batch" and str(value).strip() == "-1":
+    if (name, str(value).strip().lower()) in (("batch", "-1"), ("model", "auto")):
         return None
     if option.kind == "bool":
         return _to_bool(value)

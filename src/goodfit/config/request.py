@@ -42,7 +42,12 @@ class TrainRequest:
     """What a person asks of a run; None means "decide for me". Values are checked by `parse.parse_request`."""
 
     data: str | None = _ask("text", "Basic", "folder or file of labelled images or texts")
-    model: str | None = _ask("text", "Basic", "any timm model name", aliases=("arch",))
+    model: str | None = _ask(
+        "text",
+        "Basic",
+        "any timm model name, also with -stem1 or -stem2 for small pictures; auto decides",
+        aliases=("arch",),
+    )
     pretrained: str | None = _ask(
         "pretrained", "Basic", "true, false, a timm weight name, or a .safetensors file", aliases=("weights",)
     )

@@ -6,10 +6,10 @@ patience 50, split 70/15/15. Each deviation carries its reason.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from goodfit.config.catalogue import SMALL_SIDE, Need, choose_model, usual_imgsz
 from goodfit.config.chooser import Chooser
 from goodfit.config.execution import choose_batch, choose_execution
 from goodfit.config.facts import DataFacts, Facts, MachineFacts, ModelFacts
@@ -21,14 +21,11 @@ from goodfit.config.request import TrainRequest
 from goodfit.config.sizes import InputSizes, choose_sizes
 from goodfit.core.errors import RequestError
 
-SMALL_SIDE = 64  # pixels: below this, pictures share little with the photos that weights were trained on
 IMBALANCE = 5.0  # largest class over smallest, from which training is balanced
 BALANCE = "sample"
 BALANCE_REASON = "rare classes are drawn as often as the others"
 CLOSE_AUGMENT = 0.1
 FIGURES = ("accuracy", "macro_f1", "loss")  # that validation gives
-MODEL_FOR_SMALL_PICTURES = "resnet10t"
-MODEL_FOR_PHOTOS = "resnet18.a1_in1k"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,21 +57,18 @@ def resolve_data(request: TrainRequest, base: Plan | None = None) -> DataPlan:
     )
 
 
-def resolve_model(request: TrainRequest, data: DataFacts, base: Plan | None = None) -> ModelPlan:
+def resolve_model(
+    request: TrainRequest, data: DataFacts, machine: MachineFacts, base: Plan | None = None, *, weights: bool = True
+) -> ModelPlan:
     """Decide which network to look up, before anything is known about it.
 
-    A weight file without `model` is left to the caller, who can look into the file: the model is then "".
+    Weights without `model`, a file or a name, are left to the caller, who can look into them: the model is then "".
+
+    Args:
+        weights: Whether pretrained weights can be had, as far as is known.
     """
     choose = Chooser(request, base)
     small = data.median_side <= SMALL_SIDE
-    weight_file = request.model is None and (request.pretrained or "").endswith(".safetensors")
-    if weight_file:
-        model = Decision("", "found by the tensors of the weight file", "rule")
-    elif small:
-        model = choose("model", MODEL_FOR_SMALL_PICTURES,
-                       f"pictures of {data.median_side} px need no larger network")  # fmt: skip
-    else:
-        model = choose("model", MODEL_FOR_PHOTOS, "photos: a small residual network with good weights to start from")
     if base is not None and request.pretrained is None:
         pretrained = Decision(base.weights.value or "false", base.pretrained.reason, base.pretrained.source)
     elif small:
@@ -82,7 +76,13 @@ def resolve_model(request: TrainRequest, data: DataFacts, base: Plan | None = No
                             f"pictures of {data.median_side} px share little with ImageNet photos")  # fmt: skip
     else:
         pretrained = choose("pretrained", "true", f"{data.num_train:,} photos, close to ImageNet")
-    return ModelPlan(model=model, pretrained=pretrained)
+    if request.model is None and request.pretrained not in (None, "true", "false"):
+        return ModelPlan(model=Decision("", "the network that the weights belong to", "rule"), pretrained=pretrained)
+    need = Need(num_train=data.num_train, num_classes=data.num_classes, side=data.median_side, imgsz=request.imgsz or 0,
+                epochs=request.epochs or 0, seconds=request.time or 0.0, device=machine.device, num_cores=machine.num_cores,
+                weights=weights and pretrained.value != "false")  # fmt: skip
+    choice = choose_model(need)
+    return ModelPlan(model=choose("model", choice.model.name, choice.reason), pretrained=pretrained)
 
 
 def resolve(request: TrainRequest, facts: Facts, base: Plan | None = None) -> Plan:
@@ -159,7 +159,7 @@ def _data_decisions(request: TrainRequest, data: DataFacts, base: Plan | None) -
 
 def _model_decisions(request: TrainRequest, facts: Facts, base: Plan | None) -> dict[str, Any]:
     model = facts.model
-    plan = resolve_model(request, facts.data, base)
+    plan = resolve_model(request, facts.data, facts.machine, base, weights=not model.weights_problem)
     name = Decision(model.name, plan.model.reason, plan.model.source)
     if facts.fitted is not None and facts.fitted.chose_model:
         name = Decision(model.name, facts.fitted.reason, "measured")
@@ -179,19 +179,9 @@ def _model_decisions(request: TrainRequest, facts: Facts, base: Plan | None) -> 
 def _image_size(
     choose: Chooser, data: DataFacts, machine: MachineFacts, model: ModelFacts, pretrained: bool
 ) -> Decision[int]:
-    if data.median_side <= SMALL_SIDE:
-        size, reason = (
-            max(32, math.ceil(data.median_side / 32) * 32),
-            f"pictures of {data.median_side} px, up to a multiple of 32",
-        )
-    elif machine.device == "cpu":
-        size, reason = min(160, model.native_imgsz), "a CPU: half the cost of 224 for a point or two"
-    else:
-        size, reason = (
-            model.native_imgsz,
-            "the size the weights were trained at" if pretrained else "the model's own size",
-        )
-    decision = choose("imgsz", size, reason)
+    size, reason = usual_imgsz(data.median_side, machine.device, model.native_imgsz)
+    own = "the size the weights were trained at" if pretrained else "the model's own size"
+    decision = choose("imgsz", size, reason or own)
     rounded = max(model.stride, round(decision.value / model.stride) * model.stride)
     if rounded != decision.value:
         return Decision(rounded, f"{decision.value} {decision.reason}; {model.name} takes multiples of {model.stride}",

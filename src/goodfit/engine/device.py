@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import platform
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -14,7 +13,7 @@ import torch
 
 from goodfit.config.facts import MachineFacts
 from goodfit.core.errors import RequestError
-from goodfit.core.machine import has_mallopt, num_cores, peak_memory
+from goodfit.core.machine import has_mallopt, num_cores, peak_memory, processor_name
 from goodfit.core.places import cache_folder, free_bytes
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -72,11 +71,7 @@ def _asked_device(asked: str) -> str:
 def _device_name(name: str) -> str:
     if name.startswith("cuda"):
         return torch.cuda.get_device_name(0)
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return processor_name()
 
 
 def _native_bf16(name: str) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 
 from goodfit.config.plan import Plan
 from goodfit.core.errors import RequestError, WeightsError
+from goodfit.models.stem import set_stem, split_name
 
 MAX_NAMED = 5  # tensors named in a report
 
@@ -39,11 +40,14 @@ def _some(names: tuple[str, ...]) -> str:
 
 
 def create(name: str, *, num_classes: int, **arguments: Any) -> nn.Module:
-    """A timm network with a new head and random weights (timm's own initialisation)."""
+    """A timm network with a new head and random weights (timm's own initialisation), its stem as the name says."""
     import timm
 
-    made = timm.create_model(name.split(".")[0], pretrained=False, num_classes=num_classes, **arguments)
+    parts = split_name(name)
+    made = timm.create_model(parts.architecture, pretrained=False, num_classes=num_classes, **arguments)
     assert isinstance(made, nn.Module)
+    if parts.stem:
+        set_stem(made, parts.stem)
     return made
 
 

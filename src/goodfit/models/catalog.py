@@ -6,23 +6,26 @@ import difflib
 import math
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from goodfit.config.catalogue import CATALOGUE
 from goodfit.config.facts import ModelFacts
 from goodfit.core.errors import RequestError, WeightsError
+from goodfit.models.stem import split_name
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 HUB_SECONDS = 3.0  # to reach the hub at all; its client alone would retry for 23 s without a network
 
-# Tried in this order when a weight file is given without a model; small and common first.
-FILE_CANDIDATES = (
-    "mobilenetv2_100", "mobilenetv3_small_100", "mobilenetv3_large_100", "resnet10t", "resnet18", "resnet18d",
-    "resnet26d", "resnet34", "resnet50", "efficientnet_b0", "mobilenetv4_conv_small", "convnext_tiny",
-    "vit_tiny_patch16_224", "vit_small_patch16_224", "deit_small_patch16_224", "regnety_004",
-)  # fmt: skip
+# Tried in this order when a weight file is given without a model: the catalogue's from the cheapest on, then other common ones.
+FILE_CANDIDATES = tuple(dict.fromkeys((
+    *(split_name(model.name).architecture for models in CATALOGUE.values() for model in models),
+    "resnet26d", "resnet34", "resnet50", "mobilenetv4_conv_small", "vit_tiny_patch16_224", "vit_small_patch16_224",
+    "deit_small_patch16_224", "regnety_004",
+)))  # fmt: skip
 
 
 def look_up(model: str, pretrained: str, *, asked: bool) -> ModelFacts:
@@ -47,11 +50,12 @@ def look_up(model: str, pretrained: str, *, asked: bool) -> ModelFacts:
         name = _with_tag(model, pretrained)
     else:
         name = model
-    if not timm.is_model(name.split(".")[0]):
-        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
+    parts = split_name(name)
+    if not timm.is_model(parts.architecture):
+        near = difflib.get_close_matches(parts.architecture, timm.list_models(), n=3)
         raise RequestError(f"There is no model called {name}.", where="model=",
-                           next=f"try {', '.join(near)}" if near else "see timm.list_models()")  # fmt: skip
-    config = _pretrained_config(name)
+                           next=f"try {', '.join(near)}" if near else "goodfit models; timm.list_models() has all")  # fmt: skip
+    config = _pretrained_config(parts.in_timm)
     weights, kind, problem = "", "none", ""
     if is_file:
         weights, kind = str(Path(pretrained)), "file"
@@ -69,11 +73,11 @@ def look_up(model: str, pretrained: str, *, asked: bool) -> ModelFacts:
 
 
 def _with_tag(model: str, weights: str) -> str:
-    base = weights.removeprefix("timm/").split(".")[0]
-    if model and model.split(".")[0] != base:
-        raise WeightsError(f"The weights {weights} belong to {base}, not to {model}.", where="pretrained=",
-                           next=f"use model={base}, or other weights")  # fmt: skip
-    return weights.removeprefix("timm/")
+    wanted, asked = split_name(weights.removeprefix("timm/")), split_name(model)
+    if model and asked.architecture != wanted.architecture:
+        raise WeightsError(f"The weights {weights} belong to {wanted.architecture}, not to {model}.", where="pretrained=",
+                           next=f"use model={wanted.architecture}, or other weights")  # fmt: skip
+    return replace(wanted, stem=asked.stem or wanted.stem).text
 
 
 def _pretrained_config(name: str) -> dict[str, Any]:
