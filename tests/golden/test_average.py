@@ -285,8 +285,10 @@ class ThreadRanks(Ranks):
 def test_with_two_processes_the_statistics_are_the_mean_over_both():
     barrier, board, made = threading.Barrier(2, timeout=60), [None, None], [None, None]
 
+    models = [network(torch.float64) for _ in range(2)]  # before the threads: they share one random state
+
     def work(rank):
-        model = network(torch.float64)
+        model = models[rank]
         average = copy.deepcopy(model).eval()
         ranks = ThreadRanks(rank, 2, barrier, board)
         renew_statistics(average, model, Train(torch.float64, rank, 2), context(ranks=ranks), epoch=3, num_micro=2)
