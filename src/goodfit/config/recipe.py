@@ -17,8 +17,9 @@ from goodfit.config.plan import Decision
 from goodfit.config.schedules import choose_schedule, outlast_a_cycle
 from goodfit.core.errors import RequestError
 
-# At batch 64. RMSprop does not correct the bias of its average: its first updates are ten times the rate.
-LR = {"adamw": 1e-3, "adam": 1e-3, "nadam": 1e-3, "radam": 1e-3, "rmsprop": 1e-4, "sgd": 0.05, "muon": 1e-3}
+# At batch 64. RMSprop does not correct the bias of its average, so its first updates are ten times the rate: less than
+# Adam's. (Digits, 8 epochs, training loss: 1.7 at 1e-4, 0.9 at 3e-4, 0.2 at 1e-3; AdamW at 1e-3 0.4.)
+LR = {"adamw": 1e-3, "adam": 1e-3, "nadam": 1e-3, "radam": 1e-3, "rmsprop": 3e-4, "sgd": 0.05, "muon": 1e-3}
 MOMENTUM = {"rmsprop": (0.0, "as Hinton gave it; its rate is for none"), "muon": (0.95, "as Jordan 2024")}
 DECOUPLED = ("adamw", "nadam", "radam", "muon")
 BACKBONE_LR = (
