@@ -46,7 +46,7 @@ BOTH = InputSizes(imgsz=64, multi_scale=0.5, progressive=0.5, epochs=6)
 
 
 @pytest.mark.parametrize("multi_scale", [0.25, 0.3, 0.5, 0.9])
-@pytest.mark.parametrize(("imgsz", "step"), [(128, 32), (224, 32), (100, 32), (256, 64)])
+@pytest.mark.parametrize(("imgsz", "step"), [(128, 32), (224, 32), (100, 32), (48, 32), (256, 64)])
 def test_sizes_are_uniform_over_what_is_allowed_and_a_function_of_their_key(imgsz, step, multi_scale):
     sizes = InputSizes(imgsz=imgsz, step=step, multi_scale=multi_scale, epochs=3)
     low, high = (1 - multi_scale) * imgsz, (1 + multi_scale) * imgsz

@@ -238,10 +238,9 @@ class TrainLoader:
         """The micro-batches of one update, made here and now; at another input size than the run's, if one is given."""
         size = size or self.samples.size_of(epoch, position // self.batch)
         chunks = np.array_split(self.step_samples(epoch, position), num_micro)
-        made = (
+        return [
             self.samples.micro_batch(epoch, chunk, size=size, threads=self.threads) for chunk in chunks if len(chunk)
-        )
-        return list(made)
+        ]
 
     def groups(
         self, epoch: int, position: int, num_micro: int, *, closing: bool = False
