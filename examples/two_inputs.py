@@ -20,10 +20,8 @@ class Questions(torch.utils.data.Dataset):
     def __getitem__(self, number: int) -> tuple[dict[str, torch.Tensor], int]:
         digit, question = int(self.digits[number // 3]), number % 3
         image = torch.tensor(self.images[number // 3], dtype=torch.float32)[None]
-        if self.moved:
-            image = image.roll(
-                int(torch.randint(-1, 2, ())), dims=2
-            )  # seeded for each sample: a resumed run draws the same
+        if self.moved:  # the random state is seeded for each sample: a resumed run draws the same
+            image = image.roll(int(torch.randint(-1, 2, ())), dims=2)
         answer = (digit % 2 == 0, digit > 4, digit % 3 == 0)[question]
         return {"image": image, "tokens": torch.tensor([question])}, int(answer)
 
@@ -34,10 +32,8 @@ class Both(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.see = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 64))
-        self.read, self.head = (
-            nn.EmbeddingBag(3, 64),
-            nn.Sequential(nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 2)),
-        )
+        self.read = nn.EmbeddingBag(3, 64)
+        self.head = nn.Sequential(nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 2))
 
     def forward(self, image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         return self.head(torch.cat((self.see(image), self.read(tokens)), dim=1))
@@ -45,5 +41,5 @@ class Both(nn.Module):
 
 torch.manual_seed(0)
 train, val = Questions(range(1400), moved=True), Questions(range(1400, 1797), moved=False)
-run = goodfit.fit(Both(), train, val, loss=nn.CrossEntropyLoss(), metrics=["accuracy"], epochs=5, batch=64)
+run = goodfit.fit(Both(), train, val, loss=nn.CrossEntropyLoss(), metrics=["accuracy"], epochs=4, batch=64)
 print(f"validation accuracy {run.metrics['val']['accuracy']:.3f}")
