@@ -62,11 +62,17 @@ def train(system: str, task: Task, epochs: int, seed: int, peers: str, made: Pat
     if not system.startswith("goodfit"):
         told_file, script = made / "task.json", Path(__file__).with_name("accuracy_systems.py")
         told_file.write_text(json.dumps(vars(task)), "utf-8")
-        text, _, seconds, _ = run_process([peers, str(script), system, str(told_file), str(epochs), str(seed), str(made)], made)
+        text, _, seconds, _ = run_process(
+            [peers, str(script), system, str(told_file), str(epochs), str(seed), str(made)], made
+        )
         told = json.loads(text.strip().splitlines()[-1])
         predictions = json.loads((made / "predictions.json").read_text("utf-8"))
         return {**told, "seconds": seconds, **score(predictions, task)}
-    weights = [f"model={task.model}", f"pretrained={task.weights}"] if task.weights else [f"model={task.model}", "pretrained=false"]
+    weights = (
+        [f"model={task.model}", f"pretrained={task.weights}"]
+        if task.weights
+        else [f"model={task.model}", "pretrained=false"]
+    )
     command = [sys.executable, "-m", "goodfit", "train", task.tree, *weights, f"imgsz={task.imgsz}", f"batch={BATCH}",
                f"epochs={epochs}", f"seed={seed}", f"project={made}", "name=run", *system.split()[1:]]  # fmt: skip
     _, _, seconds, _ = run_process(command, made)
@@ -137,7 +143,10 @@ def interval(values: list[float]) -> str:
 
 def report(rows: list[Row]) -> str:
     """The tables of one budget: each system, and goodfit less the best of the others, paired by seed."""
-    lines = ["| dataset | system | seeds | epochs | accuracy % | macro F1 % | training s | process s |", "|---" * 8 + "|"]
+    lines = [
+        "| dataset | system | seeds | epochs | accuracy % | macro F1 % | training s | process s |",
+        "|---" * 8 + "|",
+    ]
     gaps = ["| dataset | best other, accuracy | goodfit − it, points | best other, macro F1 | goodfit − it, points |",
             "|---" * 5 + "|"]  # fmt: skip
     overall: dict[str, list[float]] = {"accuracy": [], "macro_f1": []}
@@ -155,7 +164,11 @@ def report(rows: list[Row]) -> str:
                          f"{interval([r['seconds'] for r in found])} |")  # fmt: skip
         cells = [dataset]
         for figure in overall:
-            others = {s: statistics.mean(r[figure] for r in f.values()) for s, f in mine.items() if not s.startswith("goodfit")}
+            others = {
+                s: statistics.mean(r[figure] for r in f.values())
+                for s, f in mine.items()
+                if not s.startswith("goodfit")
+            }
             if "goodfit" not in mine or not others:
                 continue
             best = max(others, key=lambda name: others[name])
@@ -164,7 +177,9 @@ def report(rows: list[Row]) -> str:
             overall[figure].append(100 * (statistics.mean(r[figure] for r in mine["goodfit"].values()) - others[best]))
         gaps += ["| " + " | ".join(cells) + " |"] if len(cells) == 5 else []
     means = ", ".join(f"{figure} {statistics.mean(values):+.1f}" for figure, values in overall.items() if values)
-    return "\n".join([*lines, "", *gaps, "", f"goodfit − best other, mean over datasets: {means or 'nothing to compare yet'}"])
+    return "\n".join(
+        [*lines, "", *gaps, "", f"goodfit − best other, mean over datasets: {means or 'nothing to compare yet'}"]
+    )
 
 
 def main() -> None:
@@ -184,7 +199,9 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.what == "run":
         asked.work.mkdir(parents=True, exist_ok=True)
-        os.environ["GOODFIT_CACHE_DIR"] = str(asked.work.resolve() / "cache")  # its looks at test images are not the user's
+        os.environ["GOODFIT_CACHE_DIR"] = str(
+            asked.work.resolve() / "cache"
+        )  # its looks at test images are not the user's
         os.environ["PYTHONPATH"] = str(Path(package.__file__).parents[1])  # the peers build the same network
         run(asked)
     rows = [r for r in read(asked.work / "results.jsonl") if r["budget"]]

@@ -45,7 +45,9 @@ def make_task(name: str, data: Path, work: Path, *, split_seed: int = 0, most: i
         most: Images per class and split, for trials; 0 takes all.
         model: Another network than goodfit would choose.
     """
-    folder = work / "-".join([name, f"split{split_seed}", *([f"most{most}"] if most else []), *([model] if model else [])])
+    folder = work / "-".join(
+        [name, f"split{split_seed}", *([f"most{most}"] if most else []), *([model] if model else [])]
+    )
     if (folder / MAKE).is_file():
         return Task(**json.loads((folder / MAKE).read_text("utf-8")))
     shutil.rmtree(folder, ignore_errors=True)
@@ -53,7 +55,9 @@ def make_task(name: str, data: Path, work: Path, *, split_seed: int = 0, most: i
     weights = data / "weights" / "mobilenetv2_100.safetensors" if name == "trashnet" else None
     with tempfile.TemporaryDirectory() as made:
         root, words = SOURCES[name](data / "classify", Path(made))
-        told = goodfit("audit", *words, "suspects=false", f"split_seed={split_seed}", f"project={made}/runs", "json=true")
+        told = goodfit(
+            "audit", *words, "suspects=false", f"split_seed={split_seed}", f"project={made}/runs", "json=true"
+        )
         with open(Path(told["page"]).parent / "split.csv", encoding="utf-8", newline="") as handle:
             rows = [row for row in csv.DictReader(handle) if row["split"]]
         taken: dict[tuple[str, str], int] = {}

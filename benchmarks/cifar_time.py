@@ -84,14 +84,16 @@ def plain(task: Task, out: Path, epochs: int, seed: int, half: bool) -> Row:
         began = time.perf_counter()
         model.train()
         for x, y in train:
-            loss = nn.functional.cross_entropy(outputs(x), y)
+            loss = nn.functional.cross_entropy(outputs(x).float(), y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
         row["val"].append(accuracy(val))
         row["laps"].append((row["laps"] or [0.0])[-1] + time.perf_counter() - began)
-        print(f"epoch {len(row['laps'])}/{epochs}  val {100 * row['val'][-1]:.1f} %  {row['laps'][-1]:.0f} s", flush=True)
+        print(
+            f"epoch {len(row['laps'])}/{epochs}  val {100 * row['val'][-1]:.1f} %  {row['laps'][-1]:.0f} s", flush=True
+        )
         torch.save({"row": row, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                     "schedule": schedule.state_dict()}, out / "state.tmp")  # fmt: skip
         os.replace(out / "state.tmp", out / "state.pt")
@@ -109,10 +111,11 @@ def default(task: Task, out: Path, epochs: int, seed: int, words: list[str]) -> 
     subprocess.run([sys.executable, "-m", "goodfit", *command], check=True)
     run = goodfit.Run(out / "run")
     told = [e for e in run.events if e["event"] == "epoch"]
-    names = [e["name"] for e in (stages := [e for e in run.events if e["event"] == "stage"])]
+    stages = [e for e in run.events if e["event"] == "stage"]
+    begun = next(k for k, e in enumerate(stages) if e["name"] == "train")
     laps = [sum(e["seconds"] for e in told[: k + 1]) for k in range(len(told))]
     return {"laps": laps, "val": [e["val"]["accuracy"] for e in told], "test": run.metrics["test"]["accuracy"],
-            "before": sum(e.get("seconds", 0.0) for e in stages[: names.index("train")])}  # fmt: skip
+            "before": sum(e.get("seconds", 0.0) for e in stages[:begun])}  # fmt: skip
 
 
 def run(asked: argparse.Namespace) -> None:
@@ -209,7 +212,9 @@ def main() -> None:
     parser.add_argument("--task", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.what == "child":
-        found = plain(Task(**json.loads(asked.task)), asked.work, asked.epochs, asked.seeds[0], asked.systems[0] != "plain")
+        found = plain(
+            Task(**json.loads(asked.task)), asked.work, asked.epochs, asked.seeds[0], asked.systems[0] != "plain"
+        )
         (asked.work / "found.json").write_text(json.dumps(found), "utf-8")
         return
     if asked.what == "run":
