@@ -31,11 +31,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import goodfit as package
 import numpy as np
 from accuracy_data import Task, make_task
 from cache_accuracy import STUDENT
 from peers import run as run_process
+
+import goodfit as package
 
 DATASETS = ("trashnet", "cifar10", "facemask")
 SYSTEMS = ("goodfit", "torchvision", "trainer", "trainer-1e-3", "fastai", "ultralytics")
