@@ -1,13 +1,13 @@
 """Accuracy on sealed test images beside the systems that people use now, at equal wall-clock on this machine.
 
     python benchmarks/accuracy.py run --peers PYTHON [--budget 60] [--seeds 0 1 2 3 4] [--datasets NAME...] [--only NAME...]
-                                      [--most 1000] [--goodfit WORD...] [--data ../shared/data] [--work accuracy]
+                                      [--most 1000] [--goodfit WORD...] [--model NAME] [--data ../shared/data] [--work accuracy]
     python benchmarks/accuracy.py report [--work accuracy]
 
 Datasets: trashnet (photos, mobilenetv2_100 pretrained), cifar10 (10,000 of its training images and its own test images, from
-scratch) and facemask (crops of three classes, 24 : 4 : 1, from scratch: at 32 pixels goodfit's own choice, and Ultralytics
-can take part). All systems are given the same files, split by goodfit once, the same network, image size and batch of 32;
-what else they do is their default (accuracy_systems.py says what that is).
+scratch) and facemask (crops of three classes, 24 : 4 : 1, from scratch: goodfit's own choice for crops of 33 pixels, and
+Ultralytics can take part). All systems are given the same files, split by goodfit once, the same network and image size (what
+`goodfit plan` chooses, or `--model`) and a batch of 32; what else they do is their default (accuracy_systems.py says what).
 
 Equal wall-clock: the training of each, from its first batch to the end of its last epoch with all validations, is to take the
 budget in seconds. A run's number of epochs follows from the seconds of this system's epochs in earlier runs (at first one of
@@ -98,12 +98,12 @@ def run(asked: argparse.Namespace) -> None:
     names = [" ".join([n, *asked.goodfit]) if n == "goodfit" else n for n in asked.only]
     left = asked.most
     for dataset in asked.datasets:
-        task = make_task(dataset, asked.data, asked.work.resolve(), most=asked.images)
+        task = make_task(dataset, asked.data, asked.work.resolve(), most=asked.images, model="" if dataset == "trashnet" else asked.model)
         taking_part = [n for n in names if not (task.weights and n == "ultralytics")]
         for number, seed in enumerate(asked.seeds):
             turn = number % len(taking_part)
             for system in taking_part[turn:] + taking_part[:turn]:
-                key = {"dataset": dataset, "images": asked.images, "system": system}
+                key = {"dataset": dataset, "images": asked.images, "model": task.model, "system": system}
                 rows = [r for r in read(results) if {k: r[k] for k in key} == key]
                 if any((r["budget"], r["seed"]) == (asked.budget, seed) for r in rows):
                     continue
@@ -120,7 +120,7 @@ def run(asked: argparse.Namespace) -> None:
                         print(f"{dataset} seed {seed} {system}: left out, {error}", flush=True)
                         break
                     left -= 1
-                    row = {**key, "budget": budget, "seed": seed, "epochs": epochs, "begun": begun, "model": task.model,
+                    row = {**key, "budget": budget, "seed": seed, "epochs": epochs, "begun": begun,
                            "imgsz": task.imgsz, **found}  # fmt: skip
                     with open(results, "a", encoding="utf-8") as handle:
                         handle.write(json.dumps(row) + "\n")
@@ -142,6 +142,10 @@ def interval(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f} ± {half:.1f}"
 
 
+def _name(row: Row) -> str:
+    return f"{row['dataset']}, {row['model']}, {row['imgsz']} px, n = {row['n']}"
+
+
 def report(rows: list[Row]) -> str:
     """The tables of one budget: each system, and goodfit less the best of the others, paired by seed."""
     lines = [
@@ -151,10 +155,10 @@ def report(rows: list[Row]) -> str:
     gaps = ["| dataset | best other, accuracy | goodfit − it, points | best other, macro F1 | goodfit − it, points |",
             "|---" * 5 + "|"]  # fmt: skip
     overall: dict[str, list[float]] = {"accuracy": [], "macro_f1": []}
-    for dataset in dict.fromkeys(r["dataset"] for r in rows):
+    for dataset in dict.fromkeys(_name(r) for r in rows):
         mine: dict[str, dict[int, Row]] = {}
         for row in rows:
-            if row["dataset"] == dataset:
+            if _name(row) == dataset:
                 mine.setdefault(row["system"], {})[row["seed"]] = row
         for system, by_seed in mine.items():
             found = list(by_seed.values())
@@ -194,15 +198,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SYSTEMS, default=SYSTEMS)
     parser.add_argument("--most", type=int, default=1000, help="trainings in this call")
     parser.add_argument("--goodfit", nargs="+", default=[], metavar="WORD")
+    parser.add_argument("--model", default="", help="from scratch, another network than goodfit would choose")
     parser.add_argument("--images", type=int, default=0)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--work", type=Path, default=Path("accuracy"))
     asked = parser.parse_args()
     if asked.what == "run":
         asked.work.mkdir(parents=True, exist_ok=True)
-        os.environ["GOODFIT_CACHE_DIR"] = str(
-            asked.work.resolve() / "cache"
-        )  # its looks at test images are not the user's
+        cache = asked.work.resolve() / "cache"  # its record of looks at test images is not the user's
+        os.environ["GOODFIT_CACHE_DIR"] = str(cache)
         os.environ["PYTHONPATH"] = str(Path(package.__file__).parents[1])  # the peers build the same network
         run(asked)
     rows = [r for r in read(asked.work / "results.jsonl") if r["budget"]]
