@@ -43,7 +43,7 @@ def run(parts, *, wrap=lambda model: model, build=None, schedule=None, export=la
         return rehearse(
             model, dataclasses.replace(parts.context, **context), schedule=schedule or parts.state.progress.schedule,
             build_optimizer=build or parts.optimizer_for, material=rehearsal_material(parts),
-            rebuild=lambda: wrap(build_network(parts.plan, len(parts.index.class_names))[0]), export=export,
+            rebuild=lambda: wrap(build_network(parts.plan, parts.index.class_names)[0]), export=export,
         )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from goodfit.api.find_lr import find_lr
 from goodfit.api.latency import fit_latency
 from goodfit.api.prepare import Audited, data_facts, stage
 from goodfit.api.probe import measure, wants_measuring
+from goodfit.api.transfer import check_freezing, count_known
 from goodfit.config.execution import unwise
 from goodfit.config.facts import Facts
 from goodfit.config.measured import Measured
@@ -41,6 +42,7 @@ def decide(
     check_request(request)
     with stage(journal, "plan") as note:
         facts = _facts(request, audited, base, measuring=measuring)
+        check_freezing(resolve(request, facts, base))
         if measuring:
             facts = _measured(request, facts, index, base, journal)
         plan = resolve(request, facts, base)
@@ -62,14 +64,16 @@ def _facts(request: TrainRequest, audited: Audited, base: Plan | None, *, measur
     data, machine = data_facts(request, audited, base), find_machine(request.device)
     wanted = resolve_model(request, data, base)
     asked = wanted.pretrained.source == "asked"
-    model = look_up(wanted.model.value, wanted.pretrained.value, asked=asked)
+    names = audited.index.class_names
+    model = count_known(look_up(wanted.model.value, wanted.pretrained.value, asked=asked), names)
     facts = Facts(data=data, machine=machine, model=model)
     if not measuring:
         return facts
     fitted = fit_latency(request, resolve(request, facts, base), base, model, audited.index, machine,
                          small=data.median_side <= SMALL_SIDE)  # fmt: skip
     if fitted is not None and fitted.chosen.model != model.name:
-        facts = replace(facts, model=look_up(fitted.chosen.model, wanted.pretrained.value, asked=asked))
+        found = look_up(fitted.chosen.model, wanted.pretrained.value, asked=asked)
+        facts = replace(facts, model=count_known(found, names))
     return replace(facts, fitted=fitted)
 
 

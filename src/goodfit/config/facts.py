@@ -59,6 +59,9 @@ class ModelFacts:
     weights_problem: str  # why the weights cannot be had; empty if they can
     licence: str
     has_drop_path: bool
+    labels: tuple[str, ...] = ()  # classes that the weights' head knows
+    known_classes: int = 0  # of the data, among them
+    bundle_imgsz: int = 0  # that the weights were trained at, where they are a bundle's; pixels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,11 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 from goodfit.config.chooser import Chooser
-from goodfit.config.durations import in_epochs
+from goodfit.config.durations import in_epochs, parse_length
 from goodfit.config.execution import BATCH
 from goodfit.config.facts import Facts
 from goodfit.config.measured import Measured
 from goodfit.config.plan import Decision
+from goodfit.core.errors import RequestError
 
 LR = {"adamw": 1e-3, "adam": 1e-3, "nadam": 1e-3, "radam": 1e-3, "rmsprop": 1e-4, "sgd": 0.05, "muon": 1e-3}  # at batch 64
 BACKBONE_LR = (
@@ -24,6 +25,7 @@ HEAD_LR = 10  # times the rate of a pretrained backbone
 EPOCHS = 300
 MOST_EPOCHS = 1200
 DECAY = 0.2
+ALL_BUT_HEAD = "all-but-head"  # of `freeze`
 
 
 def choose_recipe(choose: Chooser, facts: Facts, batch: int) -> dict[str, Decision[Any]]:
@@ -35,18 +37,20 @@ def choose_recipe(choose: Chooser, facts: Facts, batch: int) -> dict[str, Decisi
     pretrained = facts.model.weights_kind != "none"
     optimizer = choose("optimizer", "adamw", "steady over learning rates, the usual choice for fine-tuning")
     lr, head_lr = _learning_rates(choose, optimizer.value, batch, pretrained, facts.measured)
+    head_lr = _known_head(choose, facts, lr, head_lr)
     lengths = _lengths(choose)
+    steps_per_epoch = max(1, facts.data.num_train // batch)
     decayed = optimizer.value in ("adamw", "muon")
     return {
         **lengths,
         "optimizer": optimizer,
         "lr": lr,
         "head_lr": head_lr,
-        **_transfer(choose),
+        **_transfer(choose, pretrained, lengths["epochs"].value, steps_per_epoch),
         "weight_decay": choose("weight_decay", 0.01 if decayed else 1e-4,
                                "the guides' default for AdamW, little for others; none on norms and biases"),
         "momentum": choose("momentum", 0.9, "the usual value"),
-        **_schedule(choose, lengths["epochs"].value, max(1, facts.data.num_train // batch)),
+        **_schedule(choose, lengths["epochs"].value, steps_per_epoch),
         "clip": choose("clip", 1.0, "a guard against rare large gradients"),
         "clip_value": choose("clip_value", 0.0, "the norm is limited, not single elements"),
         "ema": choose("ema", True, "the average of the last steps validates better than the last step"),
@@ -65,12 +69,53 @@ def _lengths(choose: Chooser) -> dict[str, Decision[Any]]:
     return {"epochs": epochs, "most_epochs": most, "time": choose("time", 0.0, "no limit was asked for")}
 
 
-def _transfer(choose: Chooser) -> dict[str, Decision[Any]]:
-    return {
-        "layer_decay": choose("layer_decay", 1.0, "one rate for all layers of the backbone"),
-        "freeze": choose("freeze", "", "everything trains"),
-        "unfreeze": choose("unfreeze", "never", "nothing is frozen"),
-    }
+def _known_head(choose: Chooser, facts: Facts, lr: Decision[float], head_lr: Decision[float]) -> Decision[float]:
+    """The backbone's rate for a head that knows every class already: it has nothing to catch up with."""
+    if choose.base is not None or head_lr.source != "rule" or facts.model.known_classes < facts.data.num_classes:
+        return head_lr
+    return Decision(lr.value, "as the backbone's: the head of the weights knows all the classes", "rule")
+
+
+def _transfer(choose: Chooser, pretrained: bool, epochs: int, steps_per_epoch: int) -> dict[str, Decision[Any]]:
+    """Rates by layer, what is frozen and until when.
+
+    Raises:
+        RequestError: what was asked contradicts itself, is no length, or comes after the end.
+    """
+    layer_decay = choose("layer_decay", 1.0, "one rate for all layers of the backbone")
+    freeze, unfreeze = choose("freeze", "", "everything trains"), choose("unfreeze", "never", "frozen to the end")
+    if freeze.value.strip().lower() in ("off", "none", "no", "false", "0"):
+        freeze = replace(freeze, value="")
+    until = _until(unfreeze.value, epochs, steps_per_epoch)
+    if unfreeze.source == "asked" and until != "never" and not freeze.value:
+        if choose.request.freeze is not None:
+            raise RequestError(f"freeze={choose.request.freeze} contradicts unfreeze={unfreeze.value}: nothing is frozen.",
+                               next="leave one of them out")  # fmt: skip
+        freeze = Decision(ALL_BUT_HEAD, f"unfreeze={unfreeze.value} was asked for: the head trains first", "rule")
+    unfreeze = replace(unfreeze, value=until) if freeze.value else Decision("never", "nothing is frozen", "rule")
+    if not pretrained:
+        layer_decay, freeze = (
+            replace(d, reason=f"{d.reason}, although nothing is pretrained")
+            if d.source == "asked" and d.value != off
+            else d
+            for d, off in ((layer_decay, 1.0), (freeze, ""))
+        )
+    return {"layer_decay": layer_decay, "freeze": freeze, "unfreeze": unfreeze}
+
+
+def _until(text: str, epochs: int, steps_per_epoch: int) -> str:
+    """How long something is frozen: "never" thawed, "gradual", or a number of epochs."""
+    text = text.strip().lower()
+    if text in ("never", "gradual"):
+        return text
+    try:
+        length = in_epochs(parse_length(text), epochs=epochs, steps_per_epoch=steps_per_epoch)
+    except ValueError as error:
+        raise RequestError(f"unfreeze={text} {error}, or never, or gradual.", where="unfreeze=") from error
+    if not 0 < length < epochs:
+        raise RequestError(f"unfreeze={text} is not within the run of {epochs} epochs.", where="unfreeze=",
+                           next="unfreeze=never keeps it frozen; freeze=off freezes nothing")  # fmt: skip
+    return f"{length:g}"
 
 
 def _schedule(choose: Chooser, epochs: int, steps_per_epoch: int) -> dict[str, Decision[Any]]:

@@ -44,7 +44,10 @@ class TrainRequest:
     data: str | None = _ask("text", "Basic", "folder or file of labelled images or texts")
     model: str | None = _ask("text", "Basic", "any timm model name", aliases=("arch",))
     pretrained: str | None = _ask(
-        "pretrained", "Basic", "true, false, a timm weight name, or a .safetensors file", aliases=("weights",)
+        "pretrained",
+        "Basic",
+        "true, false, a timm weight name, a .safetensors file, or the folder of a bundle or run",
+        aliases=("weights",),
     )
     epochs: int | None = _ask("int", "Basic", "passes over the training split; auto stops or extends as validation says",
                               aliases=("num_epochs",), low=1)  # fmt: skip

@@ -60,20 +60,20 @@ def resolve_data(request: TrainRequest, base: Plan | None = None) -> DataPlan:
 def resolve_model(request: TrainRequest, data: DataFacts, base: Plan | None = None) -> ModelPlan:
     """Decide which network to look up, before anything is known about it.
 
-    A weight file without `model` is left to the caller, who can look into the file: the model is then "".
+    Weights without `model` are left to the caller, who can look into them: the model is then "".
     """
     choose = Chooser(request, base)
     small = data.median_side <= SMALL_SIDE
-    weight_file = request.model is None and (request.pretrained or "").endswith(".safetensors")
-    if weight_file:
-        model = Decision("", "found by the tensors of the weight file", "rule")
+    if request.model is None and request.pretrained not in (None, "true", "false"):
+        model = Decision("", "the one that the weights belong to", "rule")
     elif small:
         model = choose("model", MODEL_FOR_SMALL_PICTURES,
                        f"pictures of {data.median_side} px need no larger network")  # fmt: skip
     else:
         model = choose("model", MODEL_FOR_PHOTOS, "photos: a small residual network with good weights to start from")
     if base is not None and request.pretrained is None:
-        pretrained = Decision(base.weights.value or "false", base.pretrained.reason, base.pretrained.source)
+        same = {"file": base.weights.value, "hub": "true"}.get(base.pretrained.value, "false")
+        pretrained = Decision(same, base.pretrained.reason, base.pretrained.source)
     elif small:
         pretrained = choose("pretrained", "false",
                             f"pictures of {data.median_side} px share little with ImageNet photos")  # fmt: skip
@@ -170,7 +170,9 @@ def _model_decisions(request: TrainRequest, facts: Facts, base: Plan | None) -> 
 def _image_size(
     choose: Chooser, data: DataFacts, machine: MachineFacts, model: ModelFacts, pretrained: bool
 ) -> Decision[int]:
-    if data.median_side <= SMALL_SIDE:
+    if model.bundle_imgsz:
+        size, reason = model.bundle_imgsz, "as the bundle was trained"
+    elif data.median_side <= SMALL_SIDE:
         size, reason = (
             max(32, math.ceil(data.median_side / 32) * 32),
             f"pictures of {data.median_side} px, up to a multiple of 32",

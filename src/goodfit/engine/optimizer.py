@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from goodfit.models.builder import ParameterGroup
+from goodfit.models.groups import ParameterGroup
 
 
 def build_optimizer(

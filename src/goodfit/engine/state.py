@@ -88,13 +88,17 @@ class LossScale:
 
 @dataclass(slots=True)
 class TrainState:
-    """What training changes."""
+    """What training changes.
+
+    `stage` is that of freezing which was applied to the model; -1 before any was.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     ema: Ema | None
     loss_scale: LossScale
     progress: Progress
+    stage: int = -1
 
     @property
     def step(self) -> int:

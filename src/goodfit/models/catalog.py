@@ -29,7 +29,7 @@ def look_up(model: str, pretrained: str, *, asked: bool) -> ModelFacts:
 
     Args:
         model: A timm name, with or without a weight tag; "" if it is to be found by the tensors of `pretrained`.
-        pretrained: "true", "false", a weight name, or a .safetensors file.
+        pretrained: "true", "false", a weight name, a .safetensors file, or the folder of a bundle or run.
         asked: Whether a person asked for the weights: then not having them is an error, otherwise a fact.
 
     Raises:
@@ -38,10 +38,14 @@ def look_up(model: str, pretrained: str, *, asked: bool) -> ModelFacts:
     """
     import timm
 
-    is_file = pretrained.endswith((".safetensors", ".pth", ".pt", ".bin", ".ckpt")) or Path(pretrained).is_file()
-    if is_file:
-        _check_weight_file(Path(pretrained))
-        name = model or match_file(Path(pretrained))
+    from goodfit.models.weights import find_weights, read_bundle, with_source
+
+    file = find_weights(pretrained)
+    bundle = None if file is None else read_bundle(file)
+    if bundle is not None:
+        name = _same_model(model, bundle.model, f"The bundle {pretrained} holds")
+    elif file is not None:
+        name = model or match_file(file)
     elif pretrained not in ("true", "false"):
         name = _with_tag(model, pretrained)
     else:
@@ -52,8 +56,8 @@ def look_up(model: str, pretrained: str, *, asked: bool) -> ModelFacts:
                            next=f"try {', '.join(near)}" if near else "see timm.list_models()")  # fmt: skip
     config = _pretrained_config(name)
     weights, kind, problem = "", "none", ""
-    if is_file:
-        weights, kind = str(Path(pretrained)), "file"
+    if file is not None:
+        weights, kind = str(file), "file"
     elif pretrained != "false":
         weights, problem = _hub_weights(name, config)
         kind = "none" if problem else "hub"
@@ -64,15 +68,21 @@ def look_up(model: str, pretrained: str, *, asked: bool) -> ModelFacts:
                 kept="nothing was started",
                 next="point to a file with pretrained=FILE.safetensors, or train from scratch with pretrained=false",
             )
-    return _facts(name, config, weights, kind, problem)
+    facts = _facts(name, config, weights, kind, problem)
+    return facts if file is None else with_source(facts, file, bundle)
 
 
 def _with_tag(model: str, weights: str) -> str:
-    base = weights.removeprefix("timm/").split(".")[0]
-    if model and model.split(".")[0] != base:
-        raise WeightsError(f"The weights {weights} belong to {base}, not to {model}.", where="pretrained=",
+    return _same_model(model, weights.removeprefix("timm/"), f"The weights {weights} belong to")
+
+
+def _same_model(asked: str, found: str, what: str) -> str:
+    """The model that weights belong to; raises WeightsError if another was asked for."""
+    base = found.split(".")[0]
+    if asked and asked.split(".")[0] != base:
+        raise WeightsError(f"{what} {base}, not {asked}.", where="pretrained=",
                            next=f"use model={base}, or other weights")  # fmt: skip
-    return weights.removeprefix("timm/")
+    return found
 
 
 def _pretrained_config(name: str) -> dict[str, Any]:
@@ -157,20 +167,6 @@ def _takes(name: str, argument: str) -> bool:
     return any(type(module).__name__ == "DropPath" for module in network.modules())
 
 
-def _check_weight_file(path: Path) -> None:
-    from goodfit.models.builder import read_shapes
-
-    if path.suffix != ".safetensors":
-        raise WeightsError(
-            f"{path.suffix or 'This'} files can run code when they are read, so only .safetensors files are.",
-            where=str(path),
-            next="convert it where it comes from: safetensors.torch.save_file(model.state_dict(), 'FILE.safetensors')",
-        )
-    if not path.is_file():
-        raise WeightsError("There is no such weight file.", where=str(path), next="check pretrained=FILE")
-    read_shapes(path)
-
-
 def match_file(path: Path) -> str:
     """The model whose tensors have the names and shapes of a weight file, the head left aside.
 
@@ -180,7 +176,9 @@ def match_file(path: Path) -> str:
     import timm
     import torch
 
-    from goodfit.models.builder import create, head_prefixes, read_shapes
+    from goodfit.models.builder import create
+    from goodfit.models.groups import head_prefixes
+    from goodfit.models.weights import read_shapes
 
     shapes = read_shapes(path)
     stem = path.name.removesuffix(".safetensors").split(".")[0]
