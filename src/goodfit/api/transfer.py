@@ -10,6 +10,7 @@ import torch
 from goodfit.api.assemble import Parts
 from goodfit.config.facts import ModelFacts
 from goodfit.config.plan import Plan
+from goodfit.core.errors import RequestError
 from goodfit.core.journal import Journal
 from goodfit.engine.freezing import plan_freezing
 from goodfit.models.builder import create
@@ -25,8 +26,12 @@ def check_freezing(plan: Plan) -> None:
     """Refuse what the plan's network cannot freeze, before anything is made.
 
     Raises:
-        RequestError: there are fewer layers, a pattern names nothing, or nothing would be left to train.
+        RequestError: there are fewer layers, a pattern names nothing, or nothing would be left to train; or every layer
+            that thaws would be compiled for, and torch gives up after eight times.
     """
+    if plan.unfreeze.value == "gradual" and plan.compile.value != "off":
+        raise RequestError(f"compile={plan.compile.value} would compile anew for every layer that thaws.", where="unfreeze=",
+                           next="compile=off, or unfreeze=EPOCHS, which thaws all at once")  # fmt: skip
     if plan.freeze.value:
         with torch.device("meta"):
             network = create(plan.model.value, num_classes=1)

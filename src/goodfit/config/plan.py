@@ -116,7 +116,7 @@ class Plan:
 
     def thawed(self) -> Plan:
         """The same plan as when all trains that ever will: its dearest steps, which are the ones to measure."""
-        return self if self.unfreeze.value == "never" else self.changed(freeze="", unfreeze="never")
+        return self if self.unfreeze.value == "never" else self.changed(freeze="")
 
     def with_latencies(self, costs: tuple[LatencyCost, ...]) -> Plan:
         """The same plan that also records the latencies behind its model and image size."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from goodfit.config.chooser import Chooser
 from goodfit.config.durations import in_epochs, parse_length
@@ -17,7 +17,15 @@ from goodfit.config.measured import Measured
 from goodfit.config.plan import Decision
 from goodfit.core.errors import RequestError
 
-LR = {"adamw": 1e-3, "adam": 1e-3, "nadam": 1e-3, "radam": 1e-3, "rmsprop": 1e-4, "sgd": 0.05, "muon": 1e-3}  # at batch 64
+LR = {
+    "adamw": 1e-3,
+    "adam": 1e-3,
+    "nadam": 1e-3,
+    "radam": 1e-3,
+    "rmsprop": 1e-4,
+    "sgd": 0.05,
+    "muon": 1e-3,
+}  # at batch 64
 BACKBONE_LR = (
     0.3  # of the rate from scratch, where the backbone is pretrained (trashnet: 1.0 lost 4 points, see dev/LOG.md)
 )
@@ -26,6 +34,7 @@ EPOCHS = 300
 MOST_EPOCHS = 1200
 DECAY = 0.2
 ALL_BUT_HEAD = "all-but-head"  # of `freeze`
+T = TypeVar("T")
 
 
 def choose_recipe(choose: Chooser, facts: Facts, batch: int) -> dict[str, Decision[Any]]:
@@ -65,13 +74,16 @@ def _lengths(choose: Chooser) -> dict[str, Decision[Any]]:
     if epochs.source == "asked":
         most = Decision(epochs.value, "so many were asked for", "rule")
     else:
-        most = choose("most_epochs", MOST_EPOCHS, f"a run that still improves goes on to {2 * EPOCHS}, then {MOST_EPOCHS}")
+        most = choose(
+            "most_epochs", MOST_EPOCHS, f"a run that still improves goes on to {2 * EPOCHS}, then {MOST_EPOCHS}"
+        )
     return {"epochs": epochs, "most_epochs": most, "time": choose("time", 0.0, "no limit was asked for")}
 
 
 def _known_head(choose: Chooser, facts: Facts, lr: Decision[float], head_lr: Decision[float]) -> Decision[float]:
     """The backbone's rate for a head that knows every class already: it has nothing to catch up with."""
-    if choose.base is not None or head_lr.source != "rule" or facts.model.known_classes < facts.data.num_classes:
+    knows_all = 0 < facts.data.num_classes <= facts.model.known_classes
+    if choose.base is not None or head_lr.source != "rule" or not knows_all:
         return head_lr
     return Decision(lr.value, "as the backbone's: the head of the weights knows all the classes", "rule")
 
@@ -94,13 +106,15 @@ def _transfer(choose: Chooser, pretrained: bool, epochs: int, steps_per_epoch: i
         freeze = Decision(ALL_BUT_HEAD, f"unfreeze={unfreeze.value} was asked for: the head trains first", "rule")
     unfreeze = replace(unfreeze, value=until) if freeze.value else Decision("never", "nothing is frozen", "rule")
     if not pretrained:
-        layer_decay, freeze = (
-            replace(d, reason=f"{d.reason}, although nothing is pretrained")
-            if d.source == "asked" and d.value != off
-            else d
-            for d, off in ((layer_decay, 1.0), (freeze, ""))
-        )
+        layer_decay, freeze = _said_of_scratch(layer_decay, 1.0), _said_of_scratch(freeze, "")
     return {"layer_decay": layer_decay, "freeze": freeze, "unfreeze": unfreeze}
+
+
+def _said_of_scratch(decision: Decision[T], off: T) -> Decision[T]:
+    """What was asked for although nothing is pretrained is done, and said."""
+    if decision.source != "asked" or decision.value == off:
+        return decision
+    return replace(decision, reason=f"{decision.reason}, although nothing is pretrained")
 
 
 def _until(text: str, epochs: int, steps_per_epoch: int) -> str:

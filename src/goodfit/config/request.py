@@ -128,7 +128,9 @@ class TrainRequest:
                                      aliases=("layerwise_decay",), low=0.01, high=1.0)  # fmt: skip
     freeze: str | None = _ask("text", "Optimisation", "what does not train at first: a number of layers from the input, all-but-head, "
                               "or a pattern of parameter names; off")  # fmt: skip
-    unfreeze: str | None = _ask("text", "Optimisation", "when it does: never, gradual (a layer an epoch), or after how many epochs")
+    unfreeze: str | None = _ask(
+        "text", "Optimisation", "when it does: never, gradual (a layer an epoch), or after how many epochs"
+    )
     weight_decay: float | None = _ask("float", "Optimisation", "weight decay (decoupled for adamw)", low=0.0, high=10.0)
     momentum: float | None = _ask("float", "Optimisation", "SGD momentum, or Adam's beta 1", low=0.0, high=0.9999)
     schedule: str | None = _ask("choice", "Optimisation", "learning rate over the run; wsd: warm-up, stable, decay",

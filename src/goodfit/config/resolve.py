@@ -252,7 +252,16 @@ def _policies(choose: Chooser, augment: str) -> dict[str, Any]:
     distorts = augment != "off" or policy.value != "off" or erase.value + mixup.value + cutmix.value > 0
     close = choose("close_augment", CLOSE_AUGMENT if distorts else 0.0,
                    "the last tenth of the epochs on pictures as they will be served" if distorts else "nothing to switch off")  # fmt: skip
-    return {"scale": scale, "multi_scale": multi_scale, "progressive": progressive, "policy": policy, "erase": erase, "mixup": mixup, "cutmix": cutmix, "close_augment": close}
+    return {
+        "scale": scale,
+        "multi_scale": multi_scale,
+        "progressive": progressive,
+        "policy": policy,
+        "erase": erase,
+        "mixup": mixup,
+        "cutmix": cutmix,
+        "close_augment": close,
+    }
 
 
 def _balance(choose: Chooser, data: DataFacts) -> dict[str, Any]:

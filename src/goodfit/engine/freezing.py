@@ -48,14 +48,23 @@ class Freezing:
             for name, parameter in model.named_parameters():
                 if name in self.frozen[0]:
                     parameter.requires_grad_(name not in self.frozen[stage])
-        for module in model.modules():
-            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-                own = list(module.parameters(recurse=False))
-                if own and not any(parameter.requires_grad for parameter in own):
-                    module.training = False  # not `eval()`: timm puts dropout inside its batch norms
+        for module in frozen_norms(model).values():
+            module.training = False  # not `eval()`: timm puts dropout inside its batch norms
 
 
 NOTHING = Freezing()
+
+
+def frozen_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """The batch norms of a model in training all of whose own parameters are frozen, by name: their statistics must not
+    move, whoever computes them."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            own = list(module.parameters(recurse=False))
+            if own and not any(parameter.requires_grad for parameter in own):
+                found[name] = module
+    return found
 
 
 def plan_freezing(network: nn.Module, *, freeze: str, unfreeze: str, steps_per_epoch: int) -> Freezing:

@@ -96,5 +96,8 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
         for entry, value in entries.items():
             # The fused CPU kernels walk weights and moments side by side in memory, whatever their strides say: a
             # channels-last weight with a contiguous moment would be updated with other weights' moments.
-            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                entries[entry] = torch.empty_like(parameter).copy_(value)
+            if isinstance(
+                value, torch.Tensor
+            ):  # copied: torch keeps some, and counts on in the snapshot's own step numbers
+                like = parameter if value.shape == parameter.shape else value
+                entries[entry] = torch.empty_like(like).copy_(value)

@@ -93,7 +93,10 @@ def _title(names: list[str]) -> str:
     for name in names:
         first, *rest = name.split(".")
         parts.setdefault(first, []).append(rest[:-1])
-    shared = ([p[0] for p in itertools.takewhile(lambda p: len(set(p)) == 1, zip(*rests, strict=False))] for rests in parts.values())
+    shared = (
+        [p[0] for p in itertools.takewhile(lambda p: len(set(p)) == 1, zip(*rests, strict=False))]
+        for rests in parts.values()
+    )
     return ", ".join(".".join([first, *rest]) for first, rest in zip(parts, shared, strict=True))
 
 

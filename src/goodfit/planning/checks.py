@@ -123,22 +123,25 @@ def _chequers(outputs: torch.Tensor) -> torch.Tensor:
     return LOUD * signs.view(*signs.shape, *(1,) * (outputs.ndim - 2)).expand(outputs.shape)
 
 
-def check_target(model: nn.Module, context: StepContext, few: Any) -> Check:
+def check_target(model: nn.Module, context: StepContext, few: Any, *, known_head: bool) -> Check:
     """What the training loss pulls up is what evaluation counts as right.
 
     The outputs are replaced by the direction in which the loss falls, sample by sample; the meter's loss must fall too.
+    A model whose head came with the weights is asked at outputs of zero: where it is surer than the smoothed labels, the
+    loss pulls down what is right.
     """
+    blank = _Changed(model, torch.zeros_like)
     seen: list[torch.Tensor] = []
 
     def hold(outputs: torch.Tensor) -> torch.Tensor:
         seen.append(outputs.detach().float().requires_grad_())
         return seen[-1]
 
-    terms = context.task.loss(_Changed(model, hold), few)
+    terms = context.task.loss(_Changed(blank if known_head else model, hold), few)
     slopes = torch.autograd.grad(torch.stack([total for total, _ in terms.values()]).sum(), seen, allow_unused=True)
     steps = iter([torch.zeros_like(s) if g is None else _loud(-g) for s, g in zip(seen, slopes, strict=True)])
     losses = []
-    for network in (model, _Changed(model, lambda t: next(steps).to(t.dtype))):
+    for network in (blank if known_head else model, _Changed(model, lambda t: next(steps).to(t.dtype))):
         meter = context.task.meter()
         with torch.inference_mode():
             meter.update(context.task.predict(network, few), few)

@@ -117,7 +117,7 @@ def rehearse(
         RehearsalError: a check failed; the message names each, with what was seen and what that usually means.
     """
     with torch.random.fork_rng():
-        checks = _definite(model, context, schedule, build_optimizer, material)
+        checks = _definite(model, context, schedule, build_optimizer, material, known_head=known_head)
         facts = context.task.describe()
         lowest, chance = float(facts["lowest_loss"]), float(facts["chance_loss"])
         checks.append(check_start(model, context, material.batches[0], chance, known_head=known_head))
@@ -127,7 +127,8 @@ def rehearse(
         trained = _state(model, context, build_optimizer)
         losses = overfit(trained, plain, material.few, lowest)
         start = max(losses[0], chance) if known_head else losses[0]
-        checks.append(check_overfit(losses, len(material.few.samples), lowest, start))
+        frozen = bool(context.freezing.frozen[0])
+        checks.append(check_overfit(losses, len(material.few.samples), lowest, start, frozen=frozen))
         if math.isfinite(losses[-1]):
             state = _state(model, context, build_optimizer)
             checks.append(check_blind(state, context, material.few, losses, lowest))
@@ -142,8 +143,9 @@ def rehearse(
 
 
 def _definite(
-    model: nn.Module, context: StepContext, schedule: Schedule, build_optimizer: Build, material: Material
-) -> list[Check]:
+    model: nn.Module, context: StepContext, schedule: Schedule, build_optimizer: Build, material: Material,
+    *, known_head: bool,
+) -> list[Check]:  # fmt: skip
     """The checks without training, in float32 where they compare outputs. Those that only repeat what an earlier one
     found are left out."""
     micro, few = material.batches[0][0], material.few
@@ -157,7 +159,7 @@ def _definite(
         check_labels(micro, material.served, context),
         check_normalisation(micro, context, len(material.served.samples)),
         check_outputs(judged, precise, data),
-        check_target(judged, precise, data),
+        check_target(judged, precise, data, known_head=known_head),
         check_evaluation(judged, precise, data, num),
     ]
     if checks[-1].passed:

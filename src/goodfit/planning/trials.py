@@ -18,6 +18,7 @@ from goodfit.planning.tensors import changed, is_input, is_picture, tensors_of
 MAX_OVERFIT_STEPS = 100
 REACHED = 0.1  # of the way from the start to the lowest possible loss that may be left
 FALLING = 0.75  # a loss below this share of the start after all steps still counts as learning
+FALLING_FROZEN = 0.95  # where something is frozen to the end
 BLIND_STEPS = 30  # of the overfit that are done again without the pictures
 AHEAD = 0.02  # of the way down by which the real training must be ahead of the one without pictures
 WARM_STEPS = 5  # of the subset run, in which the learning rate rises
@@ -59,15 +60,16 @@ def overfit(state: TrainState, context: StepContext, few: Micro, lowest: float) 
     return losses
 
 
-def check_overfit(losses: Sequence[float], num: int, lowest: float, start: float) -> Check:
+def check_overfit(losses: Sequence[float], num: int, lowest: float, start: float, *, frozen: bool) -> Check:
     """A few samples can be learned by heart.
 
     Args:
         start: The loss that the way down is measured from: the first, or that of chance where the head knows some already.
+        frozen: Whether something is frozen to the end: what is left learns slowly, and perhaps not by heart.
     """
     first, last, steps = losses[0], losses[-1], len(losses)
     reached = math.isfinite(last) and last <= lowest + REACHED * (start - lowest)
-    falling = math.isfinite(last) and last - lowest <= FALLING * (start - lowest)
+    falling = math.isfinite(last) and last - lowest <= (FALLING_FROZEN if frozen else FALLING) * (start - lowest)
     evidence = (
         f"{num} images overfitted in {steps} steps"
         if reached
