@@ -98,7 +98,13 @@ def run(asked: argparse.Namespace) -> None:
     names = [" ".join([n, *asked.goodfit]) if n == "goodfit" else n for n in asked.only]
     left = asked.most
     for dataset in asked.datasets:
-        task = make_task(dataset, asked.data, asked.work.resolve(), most=asked.images, model="" if dataset == "trashnet" else asked.model)
+        task = make_task(
+            dataset,
+            asked.data,
+            asked.work.resolve(),
+            most=asked.images,
+            model="" if dataset == "trashnet" else asked.model,
+        )
         taking_part = [n for n in names if not (task.weights and n == "ultralytics")]
         for number, seed in enumerate(asked.seeds):
             turn = number % len(taking_part)

@@ -81,7 +81,8 @@ def network_features(name: str, contents: list[bytes]) -> npt.NDArray[np.float32
         return np.load(kept, allow_pickle=False)
     import torch
 
-    from goodfit.models.builder import create, load_weights
+    from goodfit.models.builder import create
+    from goodfit.models.weights import load_weights
     from goodfit.outcome.baselines import backbone_features
 
     network = create("mobilenetv2_100", num_classes=2)

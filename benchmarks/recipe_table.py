@@ -32,7 +32,7 @@ from goodfit.engine.ranks import Ranks
 from goodfit.engine.schedule import plan_schedule
 from goodfit.engine.state import LossScale, Progress, TrainState, copy_buffers
 from goodfit.engine.step import StepContext, train_step
-from goodfit.models.builder import parameter_groups
+from goodfit.models.groups import parameter_groups
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 BATCH = 64

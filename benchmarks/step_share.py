@@ -28,7 +28,8 @@ from goodfit.core.journal import Journal
 from goodfit.engine.optimizer import build_optimizer
 from goodfit.engine.state import copy_buffers
 from goodfit.engine.step import train_step
-from goodfit.models.builder import build_network, parameter_groups
+from goodfit.models.builder import build_network
+from goodfit.models.groups import parameter_groups
 
 
 def main() -> None:
@@ -48,7 +49,7 @@ def main() -> None:
     with execution(plan):
         parts = assemble(plan, audited.index)
         cache_stage(parts, journal)
-        model = parts.context.device.place(build_network(plan, len(audited.index.class_names))[0])
+        model = parts.context.device.place(build_network(plan, audited.index.class_names)[0])
         optimizer = build_optimizer(model, parameter_groups(model, plan), kind="adamw", momentum=0.9)
         micro = parts.train.group(0, 0, 1)[0]
         batch = parts.context.transform.evaluate(parts.context.device.move(micro.data))

@@ -36,14 +36,17 @@ def parts_of(data, **asked):
     return assemble(decide(request, audited, journal), audited.index)
 
 
-def run(parts, *, wrap=lambda model: model, build=None, schedule=None, export=lambda _: "", **context):
+def run(
+    parts, *, wrap=lambda model: model, build=None, schedule=None, export=lambda _: "", known_head=False, **context
+):
     """Rehearse with a model, optimizer, schedule, task or transform that is wrapped."""
     with execution(parts.plan):
         model = wrap(parts.state.model)
         return rehearse(
             model, dataclasses.replace(parts.context, **context), schedule=schedule or parts.state.progress.schedule,
             build_optimizer=build or parts.optimizer_for, material=rehearsal_material(parts),
-            rebuild=lambda: wrap(build_network(parts.plan, len(parts.index.class_names))[0]), export=export,
+            rebuild=lambda: wrap(build_network(parts.plan, parts.index.class_names)[0]), export=export,
+            known_head=known_head,
         )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from goodfit.api.prepare import read_and_audit
 from goodfit.config.parse import parse_request
 from goodfit.core.journal import Journal
 from goodfit.engine.device import find_machine
-from goodfit.models.builder import parameter_groups
+from goodfit.models.groups import parameter_groups
 from goodfit.planning.lr_range import SETTLING_STEPS, range_test
 
 ASKED = {"model": "resnet10t", "pretrained": "false", "imgsz": 32, "epochs": 1, "batch": 16, "deterministic": True,

@@ -26,7 +26,7 @@ from goodfit.engine.state import LossScale, Progress, TrainState, copy_buffers
 from goodfit.engine.step import StepContext, train_step
 from goodfit.engine.stop import StopFlag
 from goodfit.engine.swa import build_average
-from goodfit.models.builder import ParameterGroup
+from goodfit.models.groups import ParameterGroup
 from goodfit.tasks.classify import ClassifyTask
 
 FLAT = Schedule(kind="wsd", warmup_steps=0, stable_until=10**6, total_steps=10**6, lrf=0.0)

@@ -11,7 +11,7 @@ from torch import nn
 
 from goodfit.data.batch_transform import ImageBatchTransform
 from goodfit.engine.optimizer import build_optimizer
-from goodfit.models.builder import ParameterGroup
+from goodfit.models.groups import ParameterGroup
 from goodfit.runtime.images import Preprocessing
 from goodfit.tasks.classify import ClassifyTask
 

@@ -20,7 +20,7 @@ from goodfit.engine.ranks import Ranks
 from goodfit.engine.schedule import Schedule, plan_schedule
 from goodfit.engine.state import LossScale, Progress, TrainState, copy_buffers
 from goodfit.engine.step import StepContext, train_step
-from goodfit.models.builder import ParameterGroup
+from goodfit.models.groups import ParameterGroup
 
 STEPS = 200
 MOMENTUM = {"rmsprop": 0.0, "muon": 0.95}

@@ -20,7 +20,7 @@ from goodfit.engine.ranks import Ranks
 from goodfit.engine.schedule import Schedule, plan_schedule
 from goodfit.engine.state import LossScale, Progress, TrainState, copy_buffers
 from goodfit.engine.step import StepContext, train_step
-from goodfit.models.builder import ParameterGroup
+from goodfit.models.groups import ParameterGroup
 
 FLAT = Schedule(kind="wsd", warmup_steps=0, stable_until=10**6, total_steps=10**6, lrf=0.0)
 

@@ -29,7 +29,7 @@ from goodfit.engine.ranks import Ranks
 from goodfit.engine.schedule import Schedule
 from goodfit.engine.state import LossScale, Progress, TrainState, copy_buffers
 from goodfit.engine.step import StepContext, train_step
-from goodfit.models.builder import ParameterGroup
+from goodfit.models.groups import ParameterGroup
 from goodfit.planning.tensors import tensors_of
 from goodfit.tasks.module import ModuleTask
 from goodfit.tasks.pair_loss import PairLoss

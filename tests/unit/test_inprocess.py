@@ -15,7 +15,7 @@ from goodfit.engine.ema import Ema
 from goodfit.engine.optimizer import build_optimizer
 from goodfit.engine.ranks import Ranks
 from goodfit.engine.step import StepContext
-from goodfit.models.builder import ParameterGroup
+from goodfit.models.groups import ParameterGroup
 from goodfit.planning import measure
 from goodfit.planning.inprocess import copied_state, measure_batches_here
 

@@ -16,7 +16,7 @@ from goodfit.engine.ema import Ema
 from goodfit.engine.optimizer import build_optimizer
 from goodfit.engine.schedule import plan_schedule
 from goodfit.engine.state import LossScale, Progress, TrainState
-from goodfit.models.builder import ParameterGroup
+from goodfit.models.groups import ParameterGroup
 from goodfit.planning import projection
 from goodfit.planning.pace import Pace, measure_pace
 from goodfit.planning.projection import (

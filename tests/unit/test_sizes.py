@@ -31,8 +31,8 @@ from goodfit.engine.ranks import Ranks
 from goodfit.engine.schedule import Schedule
 from goodfit.engine.state import LossScale, Progress, TrainState
 from goodfit.engine.step import StepContext
-from goodfit.models.builder import ParameterGroup
 from goodfit.models.catalog import look_up
+from goodfit.models.groups import ParameterGroup
 from goodfit.outcome.utilisation import PARTS, utilisation
 from goodfit.planning.measure import measure_batches
 from goodfit.planning.pace import _steps

@@ -27,6 +27,7 @@ from goodfit.data.split import subset
 from goodfit.data.store import PictureStore
 from goodfit.engine.device import DevicePolicy, compile_in_place, tf32_kept
 from goodfit.engine.ema import Ema, ema_decay
+from goodfit.engine.freezing import plan_freezing
 from goodfit.engine.optimizer import build_optimizer
 from goodfit.engine.policy import FitSettings
 from goodfit.engine.ranks import Ranks
@@ -34,7 +35,9 @@ from goodfit.engine.schedule import plan_schedule
 from goodfit.engine.state import LossScale, Progress, TrainState
 from goodfit.engine.step import StepContext
 from goodfit.engine.swa import build_average
-from goodfit.models.builder import WeightReport, build_network, parameter_groups
+from goodfit.models.builder import build_network
+from goodfit.models.groups import parameter_groups
+from goodfit.models.weights import WeightReport
 from goodfit.runtime.images import Preprocessing
 from goodfit.tasks.classify import ClassifyTask
 
@@ -221,13 +224,16 @@ def assemble_step(
         colour=PRESETS[plan.augment.value].colour, erase=plan.erase.value, mixup=plan.mixup.value,
         cutmix=plan.cutmix.value, seed=plan.seed.value, channels_last=plan.channels_last.value,
     )  # fmt: skip
-    network, weights = build_network(plan, len(task.class_names))
+    network, weights = build_network(plan, task.class_names)
     network = device.place(network)
     optimizer = build_optimizer(network, parameter_groups(network, plan), kind=plan.optimizer.value,
                                 momentum=plan.momentum.value)  # fmt: skip
     state = initial_state(plan, network, optimizer, device, steps_per_epoch)
     compile_in_place(state.model, plan.compile.value)  # not its average, nor any copy
-    context = StepContext(task, transform, device, ranks, plan.seed.value, plan.clip.value, plan.clip_value.value)
+    freezing = plan_freezing(network, freeze=plan.freeze.value, unfreeze=plan.unfreeze.value,
+                             steps_per_epoch=steps_per_epoch)  # fmt: skip
+    context = StepContext(task, transform, device, ranks, plan.seed.value, plan.clip.value, plan.clip_value.value,
+                          freezing)  # fmt: skip
     return state, context, weights
 
 
@@ -237,7 +243,7 @@ def assemble_probe(
     """The network as it is before training, and these rows as its input through the serving path."""
     preprocessing = Preprocessing.from_dict(plan.preprocessing.value)
     device = DevicePolicy(kind=plan.device.value, precision="fp32", channels_last=plan.channels_last.value)
-    network = device.place(build_network(plan, len(index.class_names))[0])
+    network = device.place(build_network(plan, index.class_names)[0])
     transform = ImageBatchTransform(preprocessing=preprocessing, num_classes=0, colour=0.0, erase=0.0, mixup=0.0,
                                     cutmix=0.0, seed=0, channels_last=plan.channels_last.value)  # fmt: skip
     loader = EvalLoader(index, rows, preprocessing=preprocessing, batch=EVAL_BATCH, threads=plan.threads.value,

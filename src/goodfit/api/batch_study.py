@@ -76,6 +76,7 @@ def study_batches(request: TrainRequest, facts: Facts, plan: Plan, index: Datase
     Returns:
         The measurements with `study`, or with `study_problem` where nothing can be said.
     """
+    plan = plan.thawed()  # a trial may be shorter than the first phase
     found = facts.measured or Measured(batch=plan.batch.value)
     rates = {} if plan.deterministic.value else found.rates()
     sizes = [(b, rates.get(b, 0.0)) for b in rates or batch_candidates(facts.data.num_train)]

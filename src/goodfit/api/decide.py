@@ -9,6 +9,7 @@ from goodfit.api.find_lr import find_lr
 from goodfit.api.latency import fit_latency
 from goodfit.api.prepare import Audited, data_facts, stage
 from goodfit.api.probe import measure, wants_measuring
+from goodfit.api.transfer import check_freezing, count_known
 from goodfit.config.catalogue import pictures_of
 from goodfit.config.execution import unwise
 from goodfit.config.facts import Facts
@@ -42,6 +43,7 @@ def decide(
     check_request(request)
     with stage(journal, "plan") as note:
         facts = _facts(request, audited, base, measuring=measuring)
+        check_freezing(resolve(request, facts, base))
         if measuring:
             facts = _measured(request, facts, index, base, journal)
         plan = resolve(request, facts, base)
@@ -63,18 +65,21 @@ def _facts(request: TrainRequest, audited: Audited, base: Plan | None, *, measur
     data, machine = data_facts(request, audited, base), find_machine(request.device)
     wanted = resolve_model(request, data, machine, base)
     asked = wanted.pretrained.source == "asked"
+    names = audited.index.class_names
     model = look_up(wanted.model.value, wanted.pretrained.value, asked=asked)
     if model.weights_problem:  # the rule may start with another network where there are no weights
         scratch = resolve_model(request, data, machine, base, weights=False).model.value
         if scratch != wanted.model.value:
             model = replace(look_up(scratch, "false", asked=False), weights_problem=model.weights_problem)
+    model = count_known(model, names)
     facts = Facts(data=data, machine=machine, model=model)
     if not measuring:
         return facts
     fitted = fit_latency(request, resolve(request, facts, base), base, model, audited.index,
                          pictures=pictures_of(data.median_side))  # fmt: skip
     if fitted is not None and fitted.chosen.model != model.name:
-        facts = replace(facts, model=look_up(fitted.chosen.model, wanted.pretrained.value, asked=asked))
+        found = look_up(fitted.chosen.model, wanted.pretrained.value, asked=asked)
+        facts = replace(facts, model=count_known(found, names))
     return replace(facts, fitted=fitted)
 
 

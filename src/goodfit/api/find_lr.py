@@ -34,6 +34,7 @@ def find_lr(request: TrainRequest, plan: Plan, index: DatasetIndex, machine: Mac
 
     It was asked for, so `measure=false` does not forbid it; `measure=true` takes it anew.
     """
+    plan = plan.thawed()
     kept = cache_folder() / RANGE_FORMAT / f"{_range_key(plan, index, machine)}.json"
     curve = LrCurve(problem=f"its process died, or took more than {RANGE_SECONDS:.0f} s")
     if kept.is_file() and request.measure is not True:  # measure=true measures anew

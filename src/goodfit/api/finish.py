@@ -141,7 +141,7 @@ def describe_test(result: dict[str, Any]) -> str:
 
 def _probe(parts: Parts, test_rows: npt.NDArray[np.int64], device: DevicePolicy) -> tuple[ProbeResult | None, str]:
     """A linear probe on the backbone as it was before training."""
-    network, _ = build_network(parts.plan, len(parts.index.class_names))
+    network, _ = build_network(parts.plan, parts.index.class_names)
     if not hasattr(network, "forward_head"):
         return None, "this network has no separate head"
     network = device.place(network)

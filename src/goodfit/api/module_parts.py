@@ -40,7 +40,7 @@ from goodfit.engine.device import DevicePolicy, compile_in_place, find_machine
 from goodfit.engine.optimizer import build_optimizer
 from goodfit.engine.ranks import Ranks
 from goodfit.engine.step import StepContext
-from goodfit.models.builder import ParameterGroup
+from goodfit.models.groups import ParameterGroup
 from goodfit.planning.inprocess import measure_ways_here
 from goodfit.tasks.module import ModuleTask, as_pair
 

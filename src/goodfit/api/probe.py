@@ -76,12 +76,13 @@ def measure(
     """Time the plan's training step in every way that this machine offers, and then batch sizes in the best way.
 
     Args:
-        plan: As the rules made it.
+        plan: As the rules made it; where something thaws during the run, it is measured thawed.
         rows: Training rows; 64 of them, spread evenly, are the pictures that are used.
 
     Returns:
         What was found. Nothing, if no process came far enough; None if the time budget of the run is too short for it.
     """
+    plan = plan.thawed()
     memory = int((request.memory or MEMORY_SHARE) * machine.free_memory)
     key = _key(plan, index, len(rows), machine)
     kept = cache_folder() / FORMAT / f"{key}.json"
@@ -192,7 +193,7 @@ def _key(plan: Plan, index: DatasetIndex, num_train: int, machine: MachineFacts)
     """What the measurements depend on: the step, the machine and the versions."""
     names = ("model", "imgsz", "optimizer", "ema", "augment", "mixup", "cutmix", "erase", "dropout", "drop_path",
              "balance", "label_smoothing", "clip", "device", "threads", "batch", "accumulate", "pretrained", "epochs",
-             "deterministic")  # fmt: skip
+             "deterministic", "freeze", "layer_decay")  # fmt: skip
     parts = {name: getattr(plan, name).value for name in names}
     inputs = InputSizes.of(plan)
     versions = [metadata.version(name) for name in ("torch", "timm")]

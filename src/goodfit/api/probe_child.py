@@ -157,8 +157,10 @@ def _lr(plan: Plan, folder: Path, ask: dict[str, Any]) -> Iterator[LrCurve]:
     if not often or plan.cache.value == "off" or parts.store.num_bytes > ask["memory"] // 4:
         parts = assemble(plan.changed(cache="off", ema=False), index, workers=0)
     parts.store.warm(plan.threads.value)
-    yield range_test(parts.state, parts.context, lambda epoch: parts.train.groups(epoch, 0, plan.accumulate.value),
-                     timed=not plan.deterministic.value)  # fmt: skip
+    ratio = plan.lr.value / float(parts.state.optimizer.param_groups[0]["peak_lr"])  # not 1 with layer_decay
+    curve = range_test(parts.state, parts.context, lambda epoch: parts.train.groups(epoch, 0, plan.accumulate.value),
+                       timed=not plan.deterministic.value)  # fmt: skip
+    yield replace(curve, rates=tuple(rate * ratio for rate in curve.rates))
 
 
 ANSWERS: dict[str, Callable[[Plan, Path, dict[str, Any]], Iterator[Any]]] = {

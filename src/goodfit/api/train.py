@@ -25,6 +25,7 @@ from goodfit.api.finish import (
 from goodfit.api.folder import AUDIT, PLAN, SPLIT, Run, check_name, create_folder, data_name, open_run, save_request
 from goodfit.api.inspect import page_stage, suspect_stage
 from goodfit.api.prepare import base_plan, progress_of, read_and_audit, stage
+from goodfit.api.transfer import transfer_stage
 from goodfit.api.verdict import disk_stage, projection_stage, time_budget, time_stage
 from goodfit.config.parse import read_request
 from goodfit.config.plan import Decision, Plan
@@ -86,6 +87,7 @@ def train(data: str | Path | None = None, **asked: Any) -> Run:
         page_stage(request, folder, folder.name, audited, suspects, journal)
         with execution(plan):
             parts = assemble(plan, audited.index)
+            transfer_stage(parts, journal)
             disk_stage(folder, parts)
             cache_stage(parts, journal)
             picture_stage(Run(folder), parts, journal)
@@ -152,8 +154,9 @@ def rehearsal_stage(parts: Parts, journal: Journal, folder: Path | None = None) 
                 found = rehearse(
                     parts.state.model, parts.context, schedule=parts.state.progress.schedule,
                     build_optimizer=parts.optimizer_for, material=rehearsal_material(parts),
-                    rebuild=lambda: build_network(parts.plan, len(parts.index.class_names))[0],
+                    rebuild=lambda: build_network(parts.plan, parts.index.class_names)[0],
                     export=lambda model: export_problem(parts, model),
+                    known_head=parts.weights is not None and bool(parts.weights.known),
                 )  # fmt: skip
             except RuntimeError as error:
                 if not is_out_of_memory(error):

@@ -291,12 +291,12 @@ def ways_to_execute(plan: Plan, machine: MachineFacts) -> list[tuple[str, bool]]
 def modes_to_try(plan: Plan, machine: MachineFacts, projected: float) -> list[str]:
     """The modes of torch.compile to measure, on the best eager way: the one that was asked for, so that its cost can be
     said; else all, if a run of so many seconds is long enough for a gain to pay. Timings never decide on compiling,
-    which changes the arithmetic, where a run must repeat."""
+    which changes the arithmetic, where a run must repeat; gradual unfreezing would compile at every layer anew."""
     if InputSizes.of(plan).varies:  # each size would be compiled anew
         return []
     if plan.compile.source == "asked":
         return [plan.compile.value] if plan.compile.value != "off" else []
-    if plan.deterministic.value or not pays_to_compile(projected):
+    if plan.deterministic.value or not pays_to_compile(projected) or plan.unfreeze.value == "gradual":
         return []
     return ["default", "reduce-overhead"] if machine.device == "cuda" else ["default"]
 

@@ -61,6 +61,9 @@ class ModelFacts:
     has_drop_path: bool
     has_attention: bool = False
     size_step: int = 32  # between two sides that training may vary over, pixels; 0 if it takes one size only
+    labels: tuple[str, ...] = ()  # classes that the weights' head knows
+    known_classes: int = 0  # of the data, among them
+    bundle_imgsz: int = 0  # that the weights were trained at, where they are a bundle's; pixels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

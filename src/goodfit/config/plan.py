@@ -115,6 +115,10 @@ class Plan:
         tried: dict[str, Any] = {name: Decision(value, "tried out", "rule") for name, value in values.items()}
         return replace(self, **tried)
 
+    def thawed(self) -> Plan:
+        """The same plan as when all trains that ever will: its dearest steps, which are the ones to measure."""
+        return self if self.unfreeze.value == "never" else self.changed(freeze="")
+
     def with_latencies(self, costs: tuple[LatencyCost, ...]) -> Plan:
         """The same plan that also records the latencies behind its model and image size."""
         measured = self.measured or Measured(batch=self.batch.value)

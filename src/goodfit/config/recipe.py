@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from goodfit.config.chooser import Chooser
+from goodfit.config.durations import in_epochs, parse_length
 from goodfit.config.execution import BATCH
 from goodfit.config.facts import Facts
 from goodfit.config.measured import Measured
@@ -29,6 +30,8 @@ HEAD_LR = 10  # times the rate of a pretrained backbone
 EPOCHS = 300
 MOST_EPOCHS = 1200
 SWA_EPOCHS = 2  # the least that make an average
+ALL_BUT_HEAD = "all-but-head"  # of `freeze`
+T = TypeVar("T")
 
 
 def choose_recipe(choose: Chooser, facts: Facts, batch: int) -> dict[str, Decision[Any]]:
@@ -45,17 +48,19 @@ def choose_recipe(choose: Chooser, facts: Facts, batch: int) -> dict[str, Decisi
     # Rates, decay and momentum of one kind of optimizer say nothing about another: a plan's hold for its own.
     fresh = choose.unless_changed("optimizer")
     lr, head_lr = _learning_rates(fresh, optimizer.value, batch, pretrained, facts.measured)
+    head_lr = _known_head(choose, facts, lr, head_lr)
     lengths = _lengths(choose)
+    steps_per_epoch = max(1, facts.data.num_train // batch)
     decayed = optimizer.value in DECOUPLED
     patience = choose("patience", 50, "the guides' default; warm-up is not counted")
-    schedule = choose_schedule(choose, lengths["epochs"].value, max(1, facts.data.num_train // batch), patience.value)
+    schedule = choose_schedule(choose, lengths["epochs"].value, steps_per_epoch, patience.value)
     clip_value = choose("clip_value", 0.0, "the norm is limited, not single elements")
     return {
         **lengths,
         "optimizer": optimizer,
         "lr": lr,
         "head_lr": head_lr,
-        **_transfer(choose),
+        **_transfer(choose, pretrained, lengths["epochs"].value, steps_per_epoch),
         "weight_decay": fresh("weight_decay", 0.01 if decayed else 1e-4,
                               "the guides' default for decoupled decay; none on norms and biases" if decayed else
                               "little, as it is part of the gradient here; none on norms and biases"),
@@ -133,12 +138,56 @@ def _averages(choose: Chooser, epochs: int, schedule: dict[str, Decision[Any]]) 
     return {"ema": ema, "swa": swa}
 
 
-def _transfer(choose: Chooser) -> dict[str, Decision[Any]]:
-    return {
-        "layer_decay": choose("layer_decay", 1.0, "one rate for all layers of the backbone"),
-        "freeze": choose("freeze", "", "everything trains"),
-        "unfreeze": choose("unfreeze", "never", "nothing is frozen"),
-    }
+def _known_head(choose: Chooser, facts: Facts, lr: Decision[float], head_lr: Decision[float]) -> Decision[float]:
+    """The backbone's rate for a head that knows every class already: it has nothing to catch up with."""
+    knows_all = 0 < facts.data.num_classes <= facts.model.known_classes
+    if choose.base is not None or head_lr.source != "rule" or not knows_all:
+        return head_lr
+    return Decision(lr.value, "as the backbone's: the head of the weights knows all the classes", "rule")
+
+
+def _transfer(choose: Chooser, pretrained: bool, epochs: int, steps_per_epoch: int) -> dict[str, Decision[Any]]:
+    """Rates by layer, what is frozen and until when.
+
+    Raises:
+        RequestError: what was asked contradicts itself, is no length, or comes after the end.
+    """
+    layer_decay = choose("layer_decay", 1.0, "one rate for all layers of the backbone")
+    freeze, unfreeze = choose("freeze", "", "everything trains"), choose("unfreeze", "never", "frozen to the end")
+    if freeze.value.strip().lower() in ("off", "none", "no", "false", "0"):
+        freeze = replace(freeze, value="")
+    until = _until(unfreeze.value, epochs, steps_per_epoch)
+    if unfreeze.source == "asked" and until != "never" and not freeze.value:
+        if choose.request.freeze is not None:
+            raise RequestError(f"freeze={choose.request.freeze} contradicts unfreeze={unfreeze.value}: nothing is frozen.",
+                               next="leave one of them out")  # fmt: skip
+        freeze = Decision(ALL_BUT_HEAD, f"unfreeze={unfreeze.value} was asked for: the head trains first", "rule")
+    unfreeze = replace(unfreeze, value=until) if freeze.value else Decision("never", "nothing is frozen", "rule")
+    if not pretrained:
+        layer_decay, freeze = _said_of_scratch(layer_decay, 1.0), _said_of_scratch(freeze, "")
+    return {"layer_decay": layer_decay, "freeze": freeze, "unfreeze": unfreeze}
+
+
+def _said_of_scratch(decision: Decision[T], off: T) -> Decision[T]:
+    """What was asked for although nothing is pretrained is done, and said."""
+    if decision.source != "asked" or decision.value == off:
+        return decision
+    return replace(decision, reason=f"{decision.reason}, although nothing is pretrained")
+
+
+def _until(text: str, epochs: int, steps_per_epoch: int) -> str:
+    """How long something is frozen: "never" thawed, "gradual", or a number of epochs."""
+    text = text.strip().lower()
+    if text in ("never", "gradual"):
+        return text
+    try:
+        length = in_epochs(parse_length(text), epochs=epochs, steps_per_epoch=steps_per_epoch)
+    except ValueError as error:
+        raise RequestError(f"unfreeze={text} {error}, or never, or gradual.", where="unfreeze=") from error
+    if not 0 < length < epochs:
+        raise RequestError(f"unfreeze={text} is not within the run of {epochs} epochs.", where="unfreeze=",
+                           next="unfreeze=never keeps it frozen; freeze=off freezes nothing")  # fmt: skip
+    return f"{length:g}"
 
 
 def _learning_rates(

@@ -49,7 +49,10 @@ class TrainRequest:
         aliases=("arch",),
     )
     pretrained: str | None = _ask(
-        "pretrained", "Basic", "true, false, a timm weight name, or a .safetensors file", aliases=("weights",)
+        "pretrained",
+        "Basic",
+        "true, false, a timm weight name, a .safetensors file, or the folder of a bundle or run",
+        aliases=("weights",),
     )
     epochs: int | None = _ask("int", "Basic", "passes over the training split; auto stops or extends as validation says",
                               aliases=("num_epochs",), low=1)  # fmt: skip

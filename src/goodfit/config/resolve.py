@@ -70,7 +70,8 @@ def resolve_model(
     choose = Chooser(request, base)
     small = data.median_side <= SMALL_SIDE
     if base is not None and request.pretrained is None:
-        pretrained = Decision(base.weights.value or "false", base.pretrained.reason, base.pretrained.source)
+        same = {"file": base.weights.value, "hub": "true"}.get(base.pretrained.value, "false")
+        pretrained = Decision(same, base.pretrained.reason, base.pretrained.source)
     elif small:
         pretrained = choose("pretrained", "false",
                             f"pictures of {data.median_side} px share little with ImageNet photos")  # fmt: skip
@@ -179,7 +180,10 @@ def _model_decisions(request: TrainRequest, facts: Facts, base: Plan | None) -> 
 def _image_size(
     choose: Chooser, data: DataFacts, machine: MachineFacts, model: ModelFacts, pretrained: bool
 ) -> Decision[int]:
-    size, reason = usual_imgsz(data.median_side, machine.device, model.native_imgsz)
+    if model.bundle_imgsz:
+        size, reason = model.bundle_imgsz, "as the bundle was trained"
+    else:
+        size, reason = usual_imgsz(data.median_side, machine.device, model.native_imgsz)
     own = "the size the weights were trained at" if pretrained else "the model's own size"
     decision = choose("imgsz", size, reason or own)
     rounded = max(model.stride, round(decision.value / model.stride) * model.stride)

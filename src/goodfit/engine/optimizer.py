@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from goodfit.engine.muon import Muon, matrix_names
-from goodfit.models.builder import ParameterGroup
+from goodfit.models.groups import ParameterGroup
 
 FUSED = ("adamw", "adam", "sgd")  # of which torch has kernels that do a whole step at once, and can mask it
 BETA2 = 0.999

@@ -106,6 +106,7 @@ class TrainState:
 
     Attributes:
         swa: The network that stochastic weight averaging fills: the moving average's, where there is one.
+        stage: Of freezing, as it was applied to the model; -1 before any was.
     """
 
     model: nn.Module
@@ -114,6 +115,7 @@ class TrainState:
     loss_scale: LossScale
     progress: Progress
     swa: nn.Module | None = None
+    stage: int = -1
 
     @property
     def step(self) -> int:

@@ -12,6 +12,7 @@ import torch
 from goodfit.core.random import derive_seed, stream
 from goodfit.engine.contracts import BatchTransform, Micro, Task, Terms
 from goodfit.engine.device import DevicePolicy
+from goodfit.engine.freezing import NOTHING, Freezing
 from goodfit.engine.optimizer import mask_update, set_learning_rate, undo_update
 from goodfit.engine.ranks import Ranks
 from goodfit.engine.state import TrainState, restore_buffers
@@ -30,6 +31,7 @@ class StepContext:
     seed: int
     clip: float  # largest gradient norm; 0 is off
     clip_value: float = 0.0  # largest element of the gradient; 0 is off
+    freezing: Freezing = NOTHING
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +64,9 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     num_samples = sum(len(micro.samples) for micro in group) * ranks.size
     sums = _TermSums(model, num_samples, state.loss_scale.value, alone=len(group) == 1 and ranks.size == 1)
-    if not model.training:
-        model.train()
+    if (stage := context.freezing.stage(state.step)) != state.stage or not model.training:
+        context.freezing.apply(model, stage)
+        state.stage = stage
     for number, micro in enumerate(group):
         device.seed(derive_seed(_MODEL, context.seed, state.step, ranks.rank, number))
         batch = context.transform.train(device.move(micro.data), epoch=state.progress.epoch, step=state.step,

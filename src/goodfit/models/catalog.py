@@ -33,7 +33,7 @@ def look_up(model: str, pretrained: str, *, asked: bool) -> ModelFacts:
 
     Args:
         model: A timm name, with or without a weight tag; "" if it is to be found by the tensors of `pretrained`.
-        pretrained: "true", "false", a weight name, or a .safetensors file.
+        pretrained: "true", "false", a weight name, a .safetensors file, or the folder of a bundle or run.
         asked: Whether a person asked for the weights: then not having them is an error, otherwise a fact.
 
     Raises:
@@ -42,10 +42,14 @@ def look_up(model: str, pretrained: str, *, asked: bool) -> ModelFacts:
     """
     import timm
 
-    is_file = pretrained.endswith((".safetensors", ".pth", ".pt", ".bin", ".ckpt")) or Path(pretrained).is_file()
-    if is_file:
-        _check_weight_file(Path(pretrained))
-        name = model or match_file(Path(pretrained))
+    from goodfit.models.weights import find_weights, read_bundle, with_source
+
+    file = find_weights(pretrained)
+    bundle = None if file is None else read_bundle(file)
+    if bundle is not None:
+        name = _same_model(model, bundle.model, f"The bundle {pretrained} holds")
+    elif file is not None:
+        name = model or match_file(file)
     elif pretrained not in ("true", "false"):
         name = _with_tag(model, pretrained)
     else:
@@ -57,8 +61,8 @@ def look_up(model: str, pretrained: str, *, asked: bool) -> ModelFacts:
                            next=f"try {', '.join(near)}" if near else "goodfit models; timm.list_models() has all")  # fmt: skip
     config = _pretrained_config(parts.in_timm)
     weights, kind, problem = "", "none", ""
-    if is_file:
-        weights, kind = str(Path(pretrained)), "file"
+    if file is not None:
+        weights, kind = str(file), "file"
     elif pretrained != "false":
         weights, problem = _hub_weights(name, config)
         kind = "none" if problem else "hub"
@@ -69,15 +73,21 @@ def look_up(model: str, pretrained: str, *, asked: bool) -> ModelFacts:
                 kept="nothing was started",
                 next="point to a file with pretrained=FILE.safetensors, or train from scratch with pretrained=false",
             )
-    return _facts(name, config, weights, kind, problem)
+    facts = _facts(name, config, weights, kind, problem)
+    return facts if file is None else with_source(facts, file, bundle)
 
 
 def _with_tag(model: str, weights: str) -> str:
-    wanted, asked = split_name(weights.removeprefix("timm/")), split_name(model)
-    if model and asked.architecture != wanted.architecture:
-        raise WeightsError(f"The weights {weights} belong to {wanted.architecture}, not to {model}.", where="pretrained=",
-                           next=f"use model={wanted.architecture}, or other weights")  # fmt: skip
-    return replace(wanted, stem=asked.stem or wanted.stem).text
+    return _same_model(model, weights.removeprefix("timm/"), f"The weights {weights} belong to")
+
+
+def _same_model(asked: str, found: str, what: str) -> str:
+    """The model that weights belong to, with the stem that was asked for; raises WeightsError if another was asked for."""
+    own, wanted = split_name(found), split_name(asked)
+    if asked and wanted.architecture != own.architecture:
+        raise WeightsError(f"{what} {own.architecture}, not {asked}.", where="pretrained=",
+                           next=f"use model={own.architecture}, or other weights")  # fmt: skip
+    return replace(own, stem=wanted.stem or own.stem).text
 
 
 def _pretrained_config(name: str) -> dict[str, Any]:
@@ -171,20 +181,6 @@ def _takes(name: str, argument: str) -> bool:
     return any(type(module).__name__ == "DropPath" for module in network.modules())
 
 
-def _check_weight_file(path: Path) -> None:
-    from goodfit.models.builder import read_shapes
-
-    if path.suffix != ".safetensors":
-        raise WeightsError(
-            f"{path.suffix or 'This'} files can run code when they are read, so only .safetensors files are.",
-            where=str(path),
-            next="convert it where it comes from: safetensors.torch.save_file(model.state_dict(), 'FILE.safetensors')",
-        )
-    if not path.is_file():
-        raise WeightsError("There is no such weight file.", where=str(path), next="check pretrained=FILE")
-    read_shapes(path)
-
-
 def match_file(path: Path) -> str:
     """The model whose tensors have the names and shapes of a weight file, the head left aside.
 
@@ -194,7 +190,9 @@ def match_file(path: Path) -> str:
     import timm
     import torch
 
-    from goodfit.models.builder import create, head_prefixes, read_shapes
+    from goodfit.models.builder import create
+    from goodfit.models.groups import head_prefixes
+    from goodfit.models.weights import read_shapes
 
     shapes = read_shapes(path)
     stem = path.name.removesuffix(".safetensors").split(".")[0]

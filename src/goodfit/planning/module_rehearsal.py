@@ -61,7 +61,7 @@ def rehearse_module(
         checks.append(_check_falling(losses, len(few.samples)))
         stop_if_failed(checks)
         checks.append(check_round_trip(trained.model, context, lambda: copy.deepcopy(model), few))
-        subset, bare_rate = check_subset(trial_state(model, context, build_optimizer), context, batches)
+        subset, bare_rate = check_subset(trial_state(model, context, build_optimizer), context, batches, slack=0.0)
         checks.append(_not_diverging(subset))
         stop_if_failed(checks)
     return Rehearsal(tuple(checks), bare_rate)

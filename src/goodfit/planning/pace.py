@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,8 @@ def measure_pace(
     run = state.progress.schedule.total_steps * train.batch / bare_rate
     seconds = min(MOST_SECONDS, max(LEAST_SECONDS, RUN_SHARE * run))
     with torch.random.fork_rng():
-        copied = copy.deepcopy(state)
+        copied, context = copy.deepcopy(state), replace(context, freezing=context.freezing.thawed())
+        copied.stage = -1
         compile_in_place(copied.model, compiled)
         step, data, start = _steps(copied, context, train, seconds, cost)
         validation = _validation(copied, context, val)

@@ -19,6 +19,7 @@ from goodfit.planning.tensors import changed, is_input, is_picture, tensors_of
 MAX_OVERFIT_STEPS = 100
 REACHED = 0.1  # of the way from the start to the lowest possible loss that may be left
 FALLING = 0.75  # a loss below this share of the start after all steps still counts as learning
+FALLING_FROZEN = 0.95  # where something is frozen to the end
 BLIND_STEPS = 30  # of the overfit that are done again without the pictures
 AHEAD = 0.02  # of the way down by which the real training must be ahead of the one without pictures
 WARM_STEPS = 5  # of the subset run, in which the learning rate rises
@@ -60,11 +61,16 @@ def overfit(state: TrainState, context: StepContext, few: Micro, lowest: float) 
     return losses
 
 
-def check_overfit(losses: Sequence[float], num: int, lowest: float) -> Check:
-    """A few samples can be learned by heart."""
+def check_overfit(losses: Sequence[float], num: int, lowest: float, start: float, *, frozen: bool) -> Check:
+    """A few samples can be learned by heart.
+
+    Args:
+        start: The loss that the way down is measured from: the first, or that of chance where the head knows some already.
+        frozen: Whether something is frozen to the end: what is left learns slowly, and perhaps not by heart.
+    """
     first, last, steps = losses[0], losses[-1], len(losses)
-    reached = math.isfinite(last) and last <= lowest + REACHED * (first - lowest)
-    falling = math.isfinite(last) and last - lowest <= FALLING * (first - lowest)
+    reached = math.isfinite(last) and last <= lowest + REACHED * (start - lowest)
+    falling = math.isfinite(last) and last - lowest <= (FALLING_FROZEN if frozen else FALLING) * (start - lowest)
     evidence = (
         f"{num} images overfitted in {steps} steps"
         if reached
@@ -101,7 +107,9 @@ def check_blind(state: TrainState, context: StepContext, few: Micro, losses: Seq
     )
 
 
-def check_subset(state: TrainState, context: StepContext, batches: Sequence[Sequence[Micro]]) -> tuple[Check, float]:
+def check_subset(
+    state: TrainState, context: StepContext, batches: Sequence[Sequence[Micro]], *, slack: float
+) -> tuple[Check, float]:
     """Some steps as the run will do them, over and over a few batches: their loss falls.
 
     The first pass over the batches is at a learning rate of zero and gives their loss at the start, with dropout and
@@ -110,6 +118,7 @@ def check_subset(state: TrainState, context: StepContext, batches: Sequence[Sequ
 
     Args:
         state: A copy of the run's, which is used up.
+        slack: By how much the loss may have risen.
 
     Returns:
         The check, and the samples per second of the step alone, on batches in memory: the median of all but two steps.
@@ -130,7 +139,7 @@ def check_subset(state: TrainState, context: StepContext, batches: Sequence[Sequ
     first, last = _first(losses, num), _last(losses, num)
     check = Check(
         "subset run",
-        last < first,
+        last < first + slack,
         f"loss {first:.2f} → {last:.2f} in {len(losses)} steps over {num} training batches",
         "a learning rate that is too high or far too low, augmentation that destroys what tells the classes apart, or "
         "targets that are mixed wrongly",
