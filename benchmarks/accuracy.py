@@ -85,9 +85,11 @@ def train(system: str, task: Task, epochs: int, seed: int, peers: str, made: Pat
 
 
 def epochs_within(budget: float, rows: list[Row]) -> int:
-    """So many epochs as take the budget at the pace of these trainings of one system (whose first epoch has its own)."""
-    first = statistics.median(r["laps"][0] for r in rows)
-    later = statistics.median(b - a for r in rows for a, b in zip(r["laps"], r["laps"][1:], strict=False))
+    """So many epochs as take the budget at the pace of the last trainings of one system (whose first epoch has its own)."""
+    recent = rows[-3:]  # a pause of the machine in one of them counts for little, and not for ever
+    first = statistics.median(r["laps"][0] for r in recent)
+    later = statistics.median((r["laps"][-1] - r["laps"][0]) / (len(r["laps"]) - 1) if r["laps"][1:] else r["laps"][0]
+                              for r in recent)  # fmt: skip
     of_its_own = len(rows[0]["laps"]) - rows[0]["epochs"]  # fastai's first epoch, of the head alone
     return max(1, 1 + round((budget - first) / later) - of_its_own)
 
