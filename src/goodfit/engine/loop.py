@@ -113,7 +113,8 @@ def _close_epoch(
     progress, clock = state.progress, epoch.clock
     clock.spend("validation")
     kept = take_note(progress, metrics, settings)
-    progress.schedule = progress.schedule.after_validation(progress.bad_epochs)
+    if not progress.schedule.is_averaging(progress.step):  # whose rate is held
+        progress.schedule = progress.schedule.after_validation(progress.bad_epochs)
     improved = progress.best is not None and progress.best["step"] == progress.step and kept
     train_loss = progress.loss_sum / max(1, progress.loss_count)
     journal.step, journal.segment = progress.step, progress.segment
@@ -179,7 +180,7 @@ def _branch(
     progress.parent = {"segment": parent["segment"], "step": parent["step"]}
     progress.branches = [*progress.branches, progress.parent]
     progress.segment += 1
-    progress.branch, progress.schedule = why, schedule
+    progress.branch, progress.schedule, progress.num_averaged = why, schedule, 0
     journal.segment, journal.step = progress.segment, progress.step
     journal.emit("segment", parent=progress.parent, branch=why, reason=reason, epochs=epochs)
 

@@ -94,6 +94,8 @@ class Schedule:
         """SGD's momentum or Adam's beta 1 for the same update, where the schedule sets it."""
         if self.kind != "onecycle":
             return None
+        if self.is_averaging(step):
+            step = self.averaging_from
         ends, peak = ONE_CYCLE_MOMENTUM
         return self._one_cycle(step, ends, peak, ends)
 
