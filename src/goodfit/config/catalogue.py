@@ -29,7 +29,9 @@ CORE_RATE = 60e9  # of a processor core: resnet18 at 128 px, 63 img/s on two cor
 GPU_RATE = (
     12e12  # resnet50d 1,078, convnext_small 487 img/s: timm's training benchmark on an RTX 3090 (amp, channels-last)
 )
-PASSES = {True: 10, False: 30}  # over the data that a run needs at least: from pretrained weights, from scratch
+# Passes over the data that the time must allow. On 10,000 pictures of CIFAR-10 in 150 s of one core, resnet10t reached 65.9 % in
+# 6.4 passes, resnet10t-stem2 59.4 in 2.8 and resnet10t-stem1 46.8 in one: a network that sees the data so rarely is too large.
+PASSES = 10
 DAY = 86_400.0  # seconds that a run may need where no time was asked for
 MANY_PHOTOS = 5_000  # on a GPU: from here on, resnet50d ...
 VERY_MANY_PHOTOS = 50_000  # ... and a network of the ConvNeXt family
@@ -85,9 +87,10 @@ CLASSIFY: tuple[CatalogueModel, ...] = (
     CatalogueModel(name="mobilenetv3_small_100.lamb_in1k", num_parameters=2_542_856, multiply_adds=56_510_400, imgsz=224,
                    top1=67.656, **_APACHE, tried_for=("photos", "small", "tiny"), serving_ms=1.7),
     CatalogueModel(name="resnet10t-stem2", num_parameters=5_435_488, multiply_adds=70_080_512, **_SCRATCH,
-                   tried_for=("small",), serving_ms=1.5),
+                   tried_for=("small",), serving_ms=1.5),  # not measured: guessed from its multiply-adds
     CatalogueModel(name="mobilenetv3_large_100.ra_in1k", num_parameters=5_483_032, multiply_adds=216_589_760, imgsz=224,
                    top1=75.766, **_APACHE, tried_for=("photos",), serving_ms=4.0),
+    CatalogueModel(name="resnet10t-stem1", num_parameters=5_435_488, multiply_adds=278_786_048, **_SCRATCH),
     CatalogueModel(name="mobilenetv2_100.ra_in1k", num_parameters=3_504_872, multiply_adds=300_774_272, imgsz=224,
                    top1=72.976, **_APACHE, tried_for=("photos",), serving_ms=4.5),
     CatalogueModel(name="efficientnet_b0.ra_in1k", num_parameters=5_288_548, multiply_adds=385_814_752, imgsz=224,
@@ -105,6 +108,8 @@ CLASSIFY: tuple[CatalogueModel, ...] = (
                    top1=85.330, licence="apache-2.0", top1_imgsz=288, **_PHOTOS, needs_weights=True),
 )  # fmt: skip
 CATALOGUE: dict[str, tuple[CatalogueModel, ...]] = {"classify": CLASSIFY}
+# Not settled by measurement: in short runs resnet10t is ahead (see PASSES, which gives it those); that it ends lower, its last
+# maps being one pixel, is expected and was not measured to the end. benchmarks/small_pictures.py would.
 START_SMALL = "resnet10t-stem2"
 START_PHOTOS = "resnet18"
 
@@ -204,8 +209,7 @@ def _number(rungs: list[CatalogueModel], architecture: str) -> int:
 
 def _enough(need: Need) -> int:
     """Passes over the data that a run should have."""
-    least = PASSES[need.weights]
-    return min(least, need.epochs) if need.epochs else least
+    return min(PASSES, need.epochs) if need.epochs else PASSES
 
 
 def _passes(rung: CatalogueModel, need: Need) -> float:
