@@ -16,7 +16,7 @@ import pytest
 import goodfit
 
 # Everything that draws random numbers or keeps state: dropout, mixup, cutmix, averaging, accumulation, uneven micro-batches.
-EVERYTHING = ("model=resnet10t", "epochs=4", "batch=18", "accumulate=4", "dropout=0.3", "mixup=0.2", "cutmix=0.5", "ema=true",
+EVERYTHING = ("model=resnet10t", "epochs=4", "batch=18", "accumulate=4", "dropout=0.3", "mixup=0.2", "cutmix=0.5", "ema=true", "swa=0.5",
               "deterministic=true", "rehearse=false", "suspects=false", "augment=standard", "flip=0.5", "json=true")  # fmt: skip
 
 
