@@ -362,7 +362,13 @@ def test_the_probe_takes_memory_from_the_largest_and_time_from_the_typical_input
     plan = plan_of(imgsz=64, multi_scale=0.5, progressive=0.5, epochs=30, accumulate=2)
     sizes = InputSizes.of(plan)
     _write_batch(tmp_path, plan, index, index.rows("train")[:6])
-    ask = {"class_names": list(index.class_names), "counts": [2, 2, 2], "num_train": 50, "sizes": [16], "memory": 10**12}
+    ask = {
+        "class_names": list(index.class_names),
+        "counts": [2, 2, 2],
+        "num_train": 50,
+        "sizes": [16],
+        "memory": 10**12,
+    }
     taken = []
 
     def note(_state, _context, groups_of, *_):

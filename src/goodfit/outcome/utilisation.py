@@ -70,7 +70,9 @@ def utilisation(
     later = epochs[1:] or epochs
     sizes = InputSizes.of(plan)
     costs = [sizes.epoch_cost(int(e["epoch"])) if sizes.varies else 1.0 for e in later]  # of a sample, by its pixels
-    rates = [float(e["samples_per_second"]) * c for e, c in zip(later, costs, strict=True) if e["samples_per_second"] > 0]
+    rates = [
+        float(e["samples_per_second"]) * c for e, c in zip(later, costs, strict=True) if e["samples_per_second"] > 0
+    ]
     reached = statistics.median(rates) / bare_rate if rates and bare_rate > 0 else None
     held = {part: share for part, share in shares.items() if part != "step"}
     if plan.device.value != "cpu" and reached is not None:  # such a device works on while the host waits or keeps books
