@@ -447,6 +447,7 @@ def test_a_bundle_gives_model_size_preprocessing_and_head(bundle, tmp_path):
     assert again.plan.imgsz.value == 48 and again.plan.head_lr.reason == plan.head_lr.reason
 
 
+@pytest.mark.soak
 def test_a_head_that_knows_its_classes_raises_no_alarm_in_the_rehearsal(bundle):
     """Its loss starts far below chance, and can hardly fall."""
     first, data = bundle

@@ -54,7 +54,8 @@ class Terminal:
     def _on_stage(self, event: Event) -> None:
         if event["name"] == "plan":
             self._planned = True
-            for name in SHOWN:
+            asked = [name for name, event in self._plan.items() if event["source"] == "asked" and name not in SHOWN]
+            for name in (*SHOWN, *asked):
                 if name in self._plan:
                     self._decision(self._plan[name])
         if event.get("text"):
