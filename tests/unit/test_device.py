@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from goodfit.core.errors import RequestError, TrainingError
+from goodfit.engine import device
 from goodfit.engine.device import DevicePolicy, compile_in_place, compiler_problem, eagerly, tf32_kept
 from plans import plan_of
 
@@ -64,3 +65,15 @@ def test_a_compiled_network_keeps_its_names_its_dropout_and_its_result():
     with eagerly(compiled):
         assert compiled._compiled_call_impl is None
     assert compiled._compiled_call_impl is not None
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx", "vendor", "fast"),
+    [(True, True, "GenuineIntel", True), (False, True, "GenuineIntel", False), (False, True, "AuthenticAMD", True),
+     (False, False, "AuthenticAMD", False)],
+)  # fmt: skip
+def test_bf16_is_taken_where_the_cpu_is_faster_in_it(monkeypatch, amx, avx, vendor, fast):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx, raising=False)
+    monkeypatch.setattr(device, "_cpu_vendor", lambda: vendor)
+    assert device._has_bf16_instructions() is fast

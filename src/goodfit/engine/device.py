@@ -86,9 +86,24 @@ def _native_bf16(name: str) -> bool:
 
 
 def _has_bf16_instructions() -> bool:
-    """AVX-512 BF16 or AMX: without them oneDNN emulates bf16, which is slower than fp32."""
-    check = getattr(torch.cpu, "_is_avx512_bf16_supported", None) or getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return bool(check()) if check is not None else False
+    """Whether this CPU multiplies faster in bf16: by AMX, or by AVX-512 BF16 on other CPUs than Intel's.
+
+    Without either oneDNN emulates bf16. Intel's AVX-512 BF16 without AMX is slower than its fp32 (resnet18 at 128 px on
+    Sapphire Rapids: 40 against 61 img/s), AMD's is nearly twice as fast (Zen 5: 89 against 54).
+    """
+    amx, avx = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    if amx is not None and amx():
+        return True
+    return avx is not None and bool(avx()) and _cpu_vendor() != "GenuineIntel"
+
+
+def _cpu_vendor() -> str:
+    """What the kernel calls the maker of the CPU; empty where it does not say."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id"))
+    except (OSError, StopIteration):
+        return ""
 
 
 class HostCopy:
