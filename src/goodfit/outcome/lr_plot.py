@@ -53,7 +53,7 @@ def plot_schedule(schedule: Schedule, peaks: dict[str, float], steps_per_epoch: 
     axis.secondary_xaxis("top", functions=(to_epochs, to_steps)).set_xlabel("epoch")
     axis.grid(color=COLOURS["grid"], linewidth=0.6)
     axis.spines["right"].set_visible(False)
-    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=2)
     later = "; falls when validation no longer improves" if schedule.kind == "plateau" else ""
     length = f"{total:,} steps, {total / steps_per_epoch:g} epochs"
     axis.set_title(f"schedule {schedule.kind}: {length}{later}", fontsize=9, loc="left")
