@@ -102,7 +102,7 @@ def run_steps(state, ctx, groups, count=3):
 
 @pytest.mark.parametrize("task", [OneTerm(), TwoTerms()])
 @pytest.mark.parametrize("kind", ["adamw", "adam", "sgd"])
-@pytest.mark.parametrize("sizes", [(12,), (6, 6), (5, 4, 3), (7, 1, 1, 3)])
+@pytest.mark.parametrize("sizes", [(12,), (6, 6), (5, 4, 3), (7, 1, 1, 3), (2, 1, 3, 1, 2, 1, 2)])
 def test_uneven_micro_batches_equal_one_batch(task, kind, sizes):
     data = [batch(seed=s, dtype=torch.float64) for s in range(3)]
     one, many = make_state(network().double(), kind), make_state(network().double(), kind)
