@@ -10,6 +10,7 @@ import pytest
 from test_training import events_of, parts_of
 
 import goodfit
+from goodfit.api import extend
 from goodfit.api.assemble import execution
 from goodfit.api.batch_study import _Unsaved
 from goodfit.core.errors import RequestError, StorageError
@@ -58,15 +59,26 @@ def test_a_run_that_improves_is_extended_with_its_optimizer_state_and_resumes_ex
     assert tensors_sha256({"": again.state.model.state_dict()}) == tensors_sha256({"": whole.state.model.state_dict()})
 
 
-def test_a_finished_run_is_extended_from_before_its_decay(bars, tmp_path):
+def killed(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_finished_run_is_extended_from_before_its_decay(bars, tmp_path, monkeypatch):
     run = goodfit.train(bars, project=str(tmp_path), epochs=5, batch=16, rehearse=False, suspects=False)
     first, best = run.result, run.events
     with pytest.raises(RequestError, match="has 5 already") as caught:
         goodfit.extend(run.path, epochs=5)
     assert "epochs=10" in caught.value.next and run.result == first
+    with monkeypatch.context() as patch:  # killed before the outcome was set aside
+        patch.setattr(extend, "_set_aside", killed)
+        with pytest.raises(KeyboardInterrupt):
+            goodfit.extend(run.path, epochs=10)
+    assert run.result == first, "still the finished run"
+    with pytest.raises(RequestError, match="an extension to 10 was begun"):
+        goodfit.extend(run.path, epochs=20)
     longer = goodfit.extend(run.path, epochs=10)
     events = [e for e in events_of(run.path) if e["event"] in ("epoch", "segment")]
-    (branch,) = [e for e in events if e["event"] == "segment"]
+    branch = [e for e in events if e["event"] == "segment"][-1]
     steps = branch["parent"]["step"] // 4
     assert branch["parent"] == {"segment": 0, "step": 4 * steps} and branch["segment"] == 1
     after = [e for e in events if e["event"] == "epoch" and e["segment"] == 1]
@@ -76,6 +88,7 @@ def test_a_finished_run_is_extended_from_before_its_decay(bars, tmp_path):
     assert longer.metrics["val"]["accuracy"] >= first["metrics"]["val"]["accuracy"], "never worse than its parent"
     assert longer.plan.epochs.value == 10 and longer.result["metrics"]["test"]["look"] == 2
     kept = run.path / "segments" / "0"
+    assert json.loads((kept / "plan.json").read_text())["decisions"]["epochs"]["value"] == 5
     assert json.loads((kept / "result.json").read_text()) == first
     assert {p.name for p in kept.iterdir()} == {"plan.json", "result.json", "test.json", "report.html", "bundle"}
     assert (longer.bundle / "bundle.json").is_file() and best

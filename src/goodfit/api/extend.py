@@ -55,19 +55,42 @@ def extend(run: str | Path, *, epochs: int) -> Run:
 def _open_segment(run: Run, parts: Parts, journal: Journal, epochs: int) -> None:
     """Write the first checkpoint of the new segment, then the plan, and set the outcome of the last one aside.
 
-    In this order: a kill on the way leaves either the finished run, or one that `resume` goes on with.
+    In this order: a kill on the way leaves a run that counts as finished, for which the same command does the rest, or one
+    that `resume` goes on with.
     """
     checkpoints = Checkpoints(run.path / "checkpoints", parts.hashes)
     last = checkpoints.latest()
     assert last is not None  # it has finished
-    steps = parts.train.steps_per_epoch
-    done = last.progress["schedule"]["total_steps"] / steps
-    if last.progress["finished"] and epochs <= done:
-        raise RequestError(f"epochs={epochs}: the run has {done:g} already.", where=str(run.path), kept="the run",
-                           next=f"goodfit extend {run.path} epochs={round(2 * done)}")  # fmt: skip
-    if not last.progress["finished"]:  # an extension was begun and cut off before the outcome was set aside
-        _set_aside(run.path, last.progress["segment"] - 1)
-        return
+    planned = last.progress["schedule"]["total_steps"] / parts.train.steps_per_epoch
+    if not last.progress["finished"] and epochs != planned:  # cut off before the outcome was set aside
+        raise RequestError(f"epochs={epochs}: an extension to {planned:g} was begun.", where=str(run.path), kept="the run",
+                           next=f"goodfit extend {run.path} epochs={planned:g}, then once more")  # fmt: skip
+    if last.progress["finished"]:
+        if epochs <= planned:
+            raise RequestError(f"epochs={epochs}: the run has {planned:g} already.", where=str(run.path), kept="the run",
+                               next=f"goodfit extend {run.path} epochs={round(2 * planned)}")  # fmt: skip
+        text = _branch(checkpoints, last, parts, epochs)
+    else:
+        restore(parts.state, last)
+        text = "from the state before the rate fell, as it was begun"
+    progress = parts.state.progress
+    aside = run.path / "segments" / str(progress.segment - 1)
+    with storage_errors(aside):
+        aside.mkdir(parents=True, exist_ok=True)
+        if not (aside / PLAN).exists():
+            write_json(aside / PLAN, parts.plan.to_dict())
+    reason = f"extended to {epochs}"
+    plan = replace(parts.plan, epochs=Decision(epochs, reason, "asked"), most_epochs=Decision(epochs, reason, "asked"),
+                   time=Decision(0.0, "spent; extended by epochs", "rule"),
+                   progressive=Decision(1.0, "grown to imgsz before", "rule"))  # fmt: skip
+    write_json(run.path / PLAN, plan.to_dict())
+    journal.segment, journal.step = progress.segment, progress.step
+    journal.emit("segment", parent=progress.parent, branch=EXTENSION, reason=text, epochs=epochs)
+    _set_aside(run.path, aside)
+
+
+def _branch(checkpoints: Checkpoints, last: Snapshot, parts: Parts, epochs: int) -> str:
+    """Put the state that the new segment starts from into the parts, and onto the disk. Returns where that is from."""
     start, schedule, text = _start(checkpoints, last, parts, epochs)
     restore(parts.state, start)
     progress, before = parts.state.progress, last.progress
@@ -77,14 +100,7 @@ def _open_segment(run: Run, parts: Parts, journal: Journal, epochs: int) -> None
     progress.best, progress.skipped = before["best"], before["skipped"]
     progress.bad_epochs, progress.finished, progress.ended, progress.seconds = 0, False, "", 0.0
     checkpoints.save(take_snapshot(parts.state))
-    _set_aside(run.path, before["segment"])
-    reason = f"extended from {done:g}"
-    plan = replace(parts.plan, epochs=Decision(epochs, reason, "asked"), most_epochs=Decision(epochs, reason, "asked"),
-                   time=Decision(0.0, "spent; extended by epochs", "rule"),
-                   progressive=Decision(1.0, "grown to imgsz before", "rule"))  # fmt: skip
-    write_json(run.path / PLAN, plan.to_dict())
-    journal.segment, journal.step = progress.segment, progress.step
-    journal.emit("segment", parent=place, branch=EXTENSION, reason=text, epochs=epochs)
+    return text
 
 
 def _start(checkpoints: Checkpoints, last: Snapshot, parts: Parts, epochs: int) -> tuple[Snapshot, Schedule, str]:
@@ -113,12 +129,9 @@ def _start(checkpoints: Checkpoints, last: Snapshot, parts: Parts, epochs: int) 
     return last, again, "the rate had fallen: from the end, with a warm-up of an epoch, then stable, then its decay"
 
 
-def _set_aside(folder: Path, segment: int) -> None:
+def _set_aside(folder: Path, aside: Path) -> None:
     """Keep the outcome of a segment; the result goes last, since with it a run counts as finished."""
-    aside = folder / "segments" / str(segment)
     with storage_errors(aside):
-        aside.mkdir(parents=True, exist_ok=True)
-        (aside / PLAN).write_bytes((folder / PLAN).read_bytes())
         for name in reversed(OUTCOME):
             if (folder / name).exists() and not (aside / name).exists():
                 os.replace(folder / name, aside / name)
