@@ -28,23 +28,10 @@ from goodfit.engine.stop import StopFlag
 from goodfit.engine.swa import build_average
 from goodfit.models.groups import ParameterGroup
 from goodfit.tasks.classify import ClassifyTask
+from micros import Identity, Micro
 
 FLAT = Schedule(kind="wsd", warmup_steps=0, stable_until=10**6, total_steps=10**6, lrf=0.0)
 BATCH, STEPS = 8, 4  # samples per update, updates per epoch
-
-
-@dataclass
-class Micro:
-    samples: np.ndarray
-    data: dict[str, torch.Tensor]
-
-
-class Identity:
-    def train(self, batch: Any, **_: Any) -> Any:
-        return batch
-
-    def evaluate(self, batch: Any) -> Any:
-        return batch
 
 
 def micro(seed: int, num: int = BATCH, dtype: torch.dtype = torch.float32, closing: bool = False) -> Micro:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,22 +19,9 @@ from goodfit.engine.schedule import Schedule, plan_schedule
 from goodfit.engine.state import LossScale, Progress, TrainState, copy_buffers
 from goodfit.engine.step import StepContext, train_step
 from goodfit.models.groups import ParameterGroup
+from micros import Identity, Micro
 
 FLAT = Schedule(kind="wsd", warmup_steps=0, stable_until=10**6, total_steps=10**6, lrf=0.0)
-
-
-@dataclass
-class Micro:
-    samples: np.ndarray
-    data: dict[str, torch.Tensor]
-
-
-class Identity:
-    def train(self, batch: Any, **_: Any) -> Any:
-        return batch
-
-    def evaluate(self, batch: Any) -> Any:
-        return batch
 
 
 class OneTerm:

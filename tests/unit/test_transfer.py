@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ from goodfit.engine.step import StepContext, train_step
 from goodfit.models.builder import build_network, create
 from goodfit.models.groups import ParameterGroup, layers_of, parameter_groups
 from goodfit.models.weights import load_weights, match_labels
+from micros import Identity, Micro
 from pictures import draw
 from plans import plan_of
 from plants import alarms, parts_of
@@ -176,17 +176,6 @@ def test_what_is_asked_of_freezing_is_decided_or_refused():
             decided(**bad)
 
 
-@dataclass
-class Micro:
-    samples: np.ndarray
-    data: dict[str, torch.Tensor]
-
-
-class AsItIs:
-    def train(self, batch: Any, **_: Any) -> Any:
-        return batch
-
-
 class Plain:
     def loss(self, model, batch):
         return {"loss": (nn.functional.cross_entropy(model(batch["x"]), batch["y"], reduction="sum"), len(batch["y"]))}
@@ -215,7 +204,7 @@ def small_run(unfreeze: str, freeze: str = "all-but-head", kind: str = "adamw") 
                        LossScale(torch.device("cpu"), active=False), Progress(flat))  # fmt: skip
     freezing = plan_freezing(model, freeze=freeze, unfreeze=unfreeze, steps_per_epoch=4)
     device = DevicePolicy(kind="cpu", precision="fp32", channels_last=False)
-    return state, StepContext(Plain(), AsItIs(), device, Ranks(), 0, 1.0, freezing=freezing)
+    return state, StepContext(Plain(), Identity(), device, Ranks(), 0, 1.0, freezing=freezing)
 
 
 def take_steps(state: TrainState, context: StepContext, until: int) -> None:
