@@ -13,7 +13,7 @@ from torch import nn
 from goodfit.api.assemble import assemble, execution
 from goodfit.api.decide import decide
 from goodfit.api.prepare import read_and_audit
-from goodfit.api.train import rehearsal_material
+from goodfit.api.rehearse import rehearsal_material
 from goodfit.config.parse import parse_request
 from goodfit.core.journal import Journal
 from goodfit.models.builder import build_network

@@ -12,7 +12,7 @@ from PIL import Image
 
 import plants
 from goodfit.api.assemble import execution
-from goodfit.api.train import export_problem, rehearsal_stage
+from goodfit.api.rehearse import export_problem, rehearsal_stage
 from goodfit.core.journal import Journal, read_lines
 from goodfit.engine.checkpoint import tensors_sha256
 from goodfit.engine.optimizer import optimizer_tensors

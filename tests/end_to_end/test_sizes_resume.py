@@ -9,7 +9,7 @@ import pytest
 from goodfit.api.assemble import assemble, execution
 from goodfit.api.decide import decide
 from goodfit.api.prepare import read_and_audit
-from goodfit.api.train import rehearsal_material
+from goodfit.api.rehearse import rehearsal_material
 from goodfit.api.verdict import _pace
 from goodfit.config.parse import parse_request
 from goodfit.core.errors import Stopped

@@ -193,7 +193,7 @@ def test_a_resumed_run_is_refused_where_the_rest_finds_no_room(bars, tmp_path, m
 
 
 def test_the_rehearsal_leaves_the_state_untouched(bars):
-    from goodfit.api.train import rehearsal_stage
+    from goodfit.api.rehearse import rehearsal_stage
 
     parts = parts_of(bars, epochs=1)
     before = tensors_sha256({"": parts.state.model.state_dict()})
@@ -204,7 +204,7 @@ def test_the_rehearsal_leaves_the_state_untouched(bars):
 
 
 def test_a_head_that_is_not_new_is_noticed(bars):
-    from goodfit.api.train import rehearsal_stage
+    from goodfit.api.rehearse import rehearsal_stage
 
     parts = parts_of(bars, epochs=1)
     with torch.no_grad():

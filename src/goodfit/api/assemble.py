@@ -86,14 +86,11 @@ class FitParts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Parts(FitParts):
-    """The parts of an image run, built from its plan and index alone."""
+class ImageParts(FitParts):
+    """The parts of a run on the images of an index, built from its plan and index alone."""
 
     index: DatasetIndex
-    task: ClassifyTask
-    preprocessing: Preprocessing
     train: TrainLoader
-    val: EvalLoader
     weights: WeightReport | None
     store: PictureStore
 
@@ -112,25 +109,34 @@ class Parts(FitParts):
         """Whether the plan keeps pictures on disk that are not there yet."""
         return self.plan.cache.value == "disk" and self.store.num_bytes > 0 and not self.store.path.is_file()
 
-    @property
-    def num_served(self) -> int:
-        """The probe looks at all samples, and the test at its own, as does the gap to training at some."""
-        return len(self.train.rows) + len(self.index.rows("val")) + 2 * len(self.index.rows("test"))
-
     def paced(self) -> tuple[TrainLoader, Callable[[Any], float]]:
         """All input sizes in turn, each weighed by its pixels."""
         sizes = InputSizes.of(self.plan)
-        return self.train.evenly(), lambda group: sizes.cost(group[0].data["image"].shape[-1])
-
-    def eval_loader(self, rows: npt.NDArray[np.int64]) -> EvalLoader:
-        """Any rows through the serving path, from their files."""
-        return EvalLoader(self.index, rows, preprocessing=self.preprocessing, batch=EVAL_BATCH,
-                          threads=self.plan.threads.value, collate=self.task.collate, keep=False)  # fmt: skip
+        return self.train.evenly(), lambda group: sizes.cost(max(group[0].data["image"].shape[-2:]))
 
     def optimizer_for(self, model: torch.nn.Module) -> torch.optim.Optimizer:
         """The plan's optimizer for a model of this kind."""
         return build_optimizer(model, parameter_groups(model, self.plan), kind=self.plan.optimizer.value,
                                momentum=self.plan.momentum.value)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts(ImageParts):
+    """The parts of a run that learns one class per image."""
+
+    task: ClassifyTask
+    preprocessing: Preprocessing
+    val: EvalLoader
+
+    @property
+    def num_served(self) -> int:
+        """The probe looks at all samples, and the test at its own, as does the gap to training at some."""
+        return len(self.train.rows) + len(self.index.rows("val")) + 2 * len(self.index.rows("test"))
+
+    def eval_loader(self, rows: npt.NDArray[np.int64]) -> EvalLoader:
+        """Any rows through the serving path, from their files."""
+        return EvalLoader(self.index, rows, preprocessing=self.preprocessing, batch=EVAL_BATCH,
+                          threads=self.plan.threads.value, collate=self.task.collate, keep=False)  # fmt: skip
 
     def few_samples(self) -> MicroBatch:
         """Eight training samples of as many classes as there are, through the serving path."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from goodfit.api.batch_study import check_request, study_batches
+from goodfit.api.detect_decide import decide_detector
 from goodfit.api.find_lr import find_lr
 from goodfit.api.latency import fit_latency
 from goodfit.api.prepare import Audited, data_facts, stage
@@ -35,6 +36,8 @@ def decide(
         WeightsError: weights that were asked for cannot be had.
     """
     index = audited.index
+    if index.task == "detect":
+        return decide_detector(request, audited, journal, base)
     if index.task != "classify":
         raise RequestError(
             f"goodfit does not train this task yet: {index.task}.", where=str(request.data),

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from goodfit.api.assemble import Parts, execution
+from goodfit.api.assemble import ImageParts, execution
 from goodfit.api.folder import PLAN, Run, open_run
 from goodfit.api.train import recorded, reopen, resume
 from goodfit.config.plan import Decision
@@ -52,7 +52,7 @@ def extend(run: str | Path, *, epochs: int) -> Run:
     return resume(opened.path)
 
 
-def _open_segment(run: Run, parts: Parts, journal: Journal, epochs: int) -> None:
+def _open_segment(run: Run, parts: ImageParts, journal: Journal, epochs: int) -> None:
     """Write the first checkpoint of the new segment, then the plan, and set the outcome of the last one aside.
 
     In this order: a kill on the way leaves a run that counts as finished, for which the same command does the rest, or one
@@ -89,7 +89,7 @@ def _open_segment(run: Run, parts: Parts, journal: Journal, epochs: int) -> None
     _set_aside(run.path, aside)
 
 
-def _branch(checkpoints: Checkpoints, last: Snapshot, parts: Parts, epochs: int) -> str:
+def _branch(checkpoints: Checkpoints, last: Snapshot, parts: ImageParts, epochs: int) -> str:
     """Put the state that the new segment starts from into the parts, and onto the disk. Returns where that is from."""
     start, schedule, text = _start(checkpoints, last, parts, epochs)
     restore(parts.state, start)
@@ -103,7 +103,7 @@ def _branch(checkpoints: Checkpoints, last: Snapshot, parts: Parts, epochs: int)
     return text
 
 
-def _start(checkpoints: Checkpoints, last: Snapshot, parts: Parts, epochs: int) -> tuple[Snapshot, Schedule, str]:
+def _start(checkpoints: Checkpoints, last: Snapshot, parts: ImageParts, epochs: int) -> tuple[Snapshot, Schedule, str]:
     """The state to go on from, the schedule from there, and why."""
     progress, plan = last.progress, parts.plan
     total = epochs * parts.train.steps_per_epoch

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import load_file
 
-from goodfit.api.assemble import Parts
+from goodfit.api.assemble import ImageParts, Parts
 from goodfit.api.folder import AUDIT, PLAN, Run, load_request
 from goodfit.api.latency import typical_files
 from goodfit.api.prepare import stage
@@ -45,7 +45,7 @@ LR = "lr.png"
 TRAIN_SAMPLES = 1000  # training images that the finished model is measured on, at most
 
 
-def load_best(parts: Parts, checkpoints: Checkpoints) -> None:
+def load_best(parts: ImageParts, checkpoints: Checkpoints) -> None:
     """Put the best weights of the run into the model, in float32."""
     parts.state.model.load_state_dict(checkpoints.load_best(parts.state.progress).evaluated)
 
@@ -65,7 +65,7 @@ def training_accuracy(run: Run, parts: Parts, journal: Journal) -> dict[str, flo
     with stage(journal, "gap") as note:
         rows = training_sample(parts.index, parts.plan)
         meter = evaluate(parts.state.model, parts.eval_loader(rows), task=parts.task, transform=parts.context.transform,
-                         device=_precise(parts.plan), ranks=parts.context.ranks)  # fmt: skip
+                         device=precisely(parts.plan), ranks=parts.context.ranks)  # fmt: skip
         assert isinstance(meter, ClassificationMeter)
         found = {**meter.compute(), "n": len(rows)}
         note.text = describe_gap(found, parts.state.progress.best)
@@ -95,7 +95,7 @@ def describe_gap(train: dict[str, float], best: dict[str, Any] | None) -> str:
     return f"{text} · val {100 * val:.1f} % · gap {100 * (train['accuracy'] - val):+.1f} points"
 
 
-def _precise(plan: Plan) -> DevicePolicy:
+def precisely(plan: Plan) -> DevicePolicy:
     return DevicePolicy(kind=plan.device.value, precision="fp32", channels_last=plan.channels_last.value)
 
 
@@ -111,7 +111,7 @@ def final_test(run: Run, parts: Parts, journal: Journal) -> dict[str, Any]:
         model = parts.state.model
         digest = tensors_sha256({"": dict(model.state_dict())})
         look = count_look(run.path.parent, sealed.sha256, run=run.path.name, weights_sha256=digest)
-        precise = _precise(parts.plan)
+        precise = precisely(parts.plan)
         meter = evaluate(model, parts.eval_loader(rows), task=parts.task, transform=parts.context.transform,
                          device=precise, ranks=parts.context.ranks)  # fmt: skip
         assert isinstance(meter, ClassificationMeter)
@@ -182,14 +182,14 @@ def bundle_stage(run: Run, parts: Parts, journal: Journal, test: dict[str, Any])
             "metrics": {"train": training_metrics(run), "val": best["metrics"] if best else {}, "test": test},
         }
         made = write_bundle(run.bundle, parts.state.model, preprocessing=parts.preprocessing, card=card,
-                            plan=plan.to_dict(), images=[index.file(int(val[i])) for i in order], served=_served(parts))  # fmt: skip
+                            plan=plan.to_dict(), images=[index.file(int(val[i])) for i in order], served=served_files(parts))  # fmt: skip
         parity, latency = made["parity"], made["latency"]
         note.text = (f"{run.bundle}  parity {parity['max_difference']:.0e} on {parity['num_files']} files · "
                      f"{describe_latency(latency)}")  # fmt: skip
     return made
 
 
-def _served(parts: Parts) -> Served:
+def served_files(parts: ImageParts) -> Served:
     """Typical pictures of validation, with the threads and the limit of the plan."""
     plan = parts.plan
     costs = plan.measured.latencies if plan.measured is not None else ()

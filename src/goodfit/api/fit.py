@@ -23,7 +23,8 @@ from goodfit.api.module_parts import (
     read_splits,
 )
 from goodfit.api.prepare import base_plan, stage
-from goodfit.api.train import LOADING_SECONDS, NUM_BATCHES, recorded, training, write_checks
+from goodfit.api.rehearse import LOADING_SECONDS, NUM_BATCHES, write_checks
+from goodfit.api.train import recorded, training
 from goodfit.api.verdict import disk_stage
 from goodfit.config.module import read_module_request
 from goodfit.config.plan import Plan

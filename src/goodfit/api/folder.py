@@ -20,6 +20,7 @@ from goodfit.core.safeio import read_json, storage_errors, write_text
 
 DEFAULT_PROJECT = "runs"
 REQUEST, PLAN, AUDIT, SPLIT, RUN_FACTS = "request.yaml", "plan.json", "audit.json", "split.csv", "run.json"
+OBJECTS = "objects.safetensors"  # boxes and masks, where the samples have some
 
 
 class Run:
@@ -69,7 +70,7 @@ class Run:
         return self.path / "bundle"
 
     def predict(self, images: Sequence[str | Path | bytes]) -> list[dict[str, Any]]:
-        """Classify images with the run's bundle; as goodfit.runtime.Predictor.predict.
+        """Predict images with the run's bundle; as goodfit.runtime.Predictor.predict.
 
         Raises:
             RequestError: it trained a module of a user's, which has no bundle.

@@ -9,6 +9,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from goodfit.config.facts import DataFacts
 from goodfit.config.plan import Plan, read_plan
 from goodfit.config.request import TrainRequest
@@ -21,6 +24,7 @@ from goodfit.data.checks.fixes import apply_fixes, kept_paths, read_fixes
 from goodfit.data.checks.patterns import folder_shift
 from goodfit.data.formats.readers import read_dataset
 from goodfit.data.index import SPLITS, DatasetIndex, class_counts, data_hash
+from goodfit.data.objects import objects_of
 from goodfit.data.reading import How, Problem, Reading
 from goodfit.data.split import SealedTest, check_splits, split_dataset, subset
 from goodfit.data.store import RESERVE
@@ -180,7 +184,30 @@ def data_facts(request: TrainRequest, audited: Audited, base: Plan | None) -> Da
         pixel_bytes_at=3 * RESERVE**2 * audit.median_aspect,
         decode_seconds=audit.scan.seconds if audit.scan is not None else 0.0,
         task=index.task,
+        shape=_picture_shape(index),
+        object_side=_object_side(index, rows),
     )
+
+
+def _picture_shape(index: DatasetIndex) -> tuple[float, float]:
+    """Width and height over the longer side that all but one picture in twenty stay within."""
+    if index.sizes is None or not len(index.sizes[index.splits >= 0]):
+        return 1.0, 1.0
+    sizes = index.sizes[index.splits >= 0].astype(np.float64)
+    wide, high = np.quantile(sizes / np.maximum(1.0, sizes.max(axis=1, keepdims=True)), 0.95, axis=0)
+    return float(wide), float(high)
+
+
+def _object_side(index: DatasetIndex, rows: npt.NDArray[np.int64]) -> float:
+    """Side of the smaller objects (of all but one in ten) over the longer side of their picture; 0 where there are none."""
+    if index.objects is None or index.sizes is None:
+        return 0.0
+    shares = []
+    for row in rows.tolist():
+        boxes = objects_of(index, row).boxes
+        shares.append(np.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])) / index.sizes[row].max())
+    found = np.concatenate(shares) if shares else np.zeros(0)
+    return float(np.quantile(found, 0.1)) if len(found) else 0.0
 
 
 def base_plan(request: TrainRequest) -> Plan | None:

@@ -3,63 +3,55 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from goodfit.api.assemble import FitParts, Parts, assemble, execution
+from goodfit.api.assemble import FitParts, ImageParts, execution
 from goodfit.api.decide import decide
-from goodfit.api.finish import (
-    bundle_stage,
-    final_test,
-    load_best,
-    picture_stage,
-    report_stage,
-    training_accuracy,
-    write_result,
+from goodfit.api.finish import load_best
+from goodfit.api.folder import (
+    AUDIT,
+    OBJECTS,
+    PLAN,
+    SPLIT,
+    Run,
+    check_name,
+    create_folder,
+    data_name,
+    open_run,
+    save_request,
 )
-from goodfit.api.folder import AUDIT, PLAN, SPLIT, Run, check_name, create_folder, data_name, open_run, save_request
 from goodfit.api.inspect import page_stage, suspect_stage
+from goodfit.api.kinds import finish_run, kind_of
 from goodfit.api.prepare import base_plan, progress_of, read_and_audit, stage
 from goodfit.api.transfer import transfer_stage
 from goodfit.api.verdict import disk_stage, projection_stage, time_budget, time_stage
 from goodfit.config.parse import read_request
 from goodfit.config.plan import Decision, Plan
 from goodfit.config.request import TrainRequest, options
-from goodfit.config.sizes import InputSizes
-from goodfit.core.errors import DataError, ExportError, GoodfitError, RequestError, Stopped, StorageError
+from goodfit.core.errors import DataError, GoodfitError, RequestError, Stopped, StorageError
 from goodfit.core.journal import Journal, read_lines
 from goodfit.core.lock import run_lock
-from goodfit.core.safeio import read_json, write_json, write_text
+from goodfit.core.safeio import read_json, write_bytes, write_json, write_text
 from goodfit.data.index import read_split, write_split
-from goodfit.data.loader import row_of
+from goodfit.data.objects_file import with_objects, write_objects
 from goodfit.engine.checkpoint import Checkpoints, restore
-from goodfit.engine.contracts import Micro
-from goodfit.engine.loop import fit, halve_micro_batch, is_out_of_memory
+from goodfit.engine.loop import fit
 from goodfit.engine.policy import FitSettings
 from goodfit.engine.stop import StopFlag
-from goodfit.models.builder import build_network
-from goodfit.outcome.export import TOLERANCE, traced_difference
-from goodfit.planning.checks import Check
-from goodfit.planning.rehearsal import Material, RehearsalError, describe_checks, rehearse
+from goodfit.planning.rehearsal import RehearsalError
 from goodfit.watch.metrics_file import MetricsFile
 from goodfit.watch.terminal import Terminal
-
-NUM_BATCHES = 4  # of training, for the rehearsal ...
-LOADING_SECONDS = 2.0  # ... as far as they are loaded by then
-CHECKS = "rehearsal.txt"
-NUM_SERVED = 16  # training samples that also go through the serving path, to be compared
 
 
 def train(data: str | Path | None = None, **asked: Any) -> Run:
     """Take a dataset through the whole workflow: audit, split, plan, rehearse, train, test once, export, report.
 
     Args:
-        data: A folder of class folders, or a CSV list.
+        data: A folder of images by class or with annotations, or a CSV list.
         **asked: Any option of `goodfit train`, by the same names; what is not asked is decided, with a reason.
 
     Returns:
@@ -81,22 +73,25 @@ def train(data: str | Path | None = None, **asked: Any) -> Run:
         save_request(folder, request)
         write_json(folder / AUDIT, audited.to_dict())
         write_text(folder / SPLIT, write_split(audited.index))
+        if audited.index.objects is not None:
+            write_bytes(folder / OBJECTS, write_objects(audited.index))
         write_json(folder / "run.json", {"root": str(audited.index.root.resolve())})
         write_json(folder / PLAN, plan.to_dict())
         journal.emit("run", path=str(folder))
         page_stage(request, folder, folder.name, audited, suspects, journal)
         with execution(plan):
-            parts = assemble(plan, audited.index)
+            kind = kind_of(plan)
+            parts = kind.assemble(plan, audited.index)
             transfer_stage(parts, journal)
             disk_stage(folder, parts)
             cache_stage(parts, journal)
-            picture_stage(Run(folder), parts, journal)
+            kind.pictures(Run(folder), parts, journal)
             if plan.rehearse.value:
-                rehearsal_stage(parts, journal, folder)
+                kind.rehearse(parts, journal, folder)
             with training(Run(folder), parts, journal, began) as (settings, checkpoints, stop):
                 fit(parts.state, parts.context, parts.train, parts.val, settings=settings,
                     checkpoints=checkpoints, journal=journal, stop=stop)  # fmt: skip
-            return finish(Run(folder), parts, checkpoints, journal)
+            return finish_run(Run(folder), parts, checkpoints, journal)
 
 
 @contextmanager
@@ -122,86 +117,10 @@ def training(
     time_stage(run, parts, journal)
 
 
-def finish(run: Run, parts: Parts, checkpoints: Checkpoints, journal: Journal) -> Run:
-    """From trained weights to a finished run: gap to training, test, bundle, report. What is done is not done again."""
-    load_best(parts, checkpoints)
-    training_accuracy(run, parts, journal)
-    done = run.path / "test.json"
-    test = read_json(done) if done.is_file() else final_test(run, parts, journal)
-    bundle = bundle_stage(run, parts, journal, test)
-    report_stage(run, parts, journal, test, bundle)
-    write_result(run, parts, checkpoints, test)
-    journal.emit("done", path=str(run.path))
-    return run
-
-
-def cache_stage(parts: Parts, journal: Journal) -> None:
+def cache_stage(parts: ImageParts, journal: Journal) -> None:
     """Stage `cache`: decode the training pictures once, where the plan keeps them."""
     with stage(journal, "cache") as note, progress_of(journal, "cache") as progress:
         note.text = parts.store.warm(parts.plan.threads.value, progress)
-
-
-def rehearsal_stage(parts: Parts, journal: Journal, folder: Path | None = None) -> None:
-    """Stage `rehearse`: raises RehearsalError if the model would not learn.
-
-    Args:
-        folder: The run's, for `rehearsal.txt`: every check, its evidence and its meaning, whether they passed or not.
-    """
-    with stage(journal, "rehearse") as note:
-        found = None
-        while found is None:
-            try:
-                found = rehearse(
-                    parts.state.model, parts.context, schedule=parts.state.progress.schedule,
-                    build_optimizer=parts.optimizer_for, material=rehearsal_material(parts),
-                    rebuild=lambda: build_network(parts.plan, parts.index.class_names)[0],
-                    export=lambda model: export_problem(parts, model),
-                    known_head=parts.weights is not None and bool(parts.weights.known),
-                )  # fmt: skip
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                halve_micro_batch(parts.state, parts.train, journal, parts.context)
-            except RehearsalError as error:
-                error.where = write_checks(folder, error.checks)
-                raise
-        write_checks(folder, found.checks)
-        sizes = InputSizes.of(parts.plan)
-        rate = found.bare_rate * sizes.cost(sizes.typical)  # of a batch of mean cost
-        note.text = f"{found.describe()} · {rate:,.0f} img/s bare step{' over all input sizes' if sizes.varies else ''}"
-        note.fields = {"bare_rate": rate, "checks": [check.to_dict() for check in found.checks]}
-
-
-def write_checks(folder: Path | None, checks: Sequence[Check]) -> str:
-    """Write `rehearsal.txt` into a run's folder, if there is one. Returns its path."""
-    if folder is None:
-        return ""
-    pictures = f"labels drawn on the exact tensors of a batch: {folder / 'plots' / 'train_batch.png'}\n"
-    write_text(folder / CHECKS, describe_checks(checks) + (pictures if (folder / "plots").is_dir() else ""))
-    return str(folder / CHECKS)
-
-
-def rehearsal_material(parts: Parts) -> Material:
-    """The samples that the rehearsal looks at; loading stops after two seconds, with one batch at least."""
-    start = time.monotonic()
-    sizes, num_micro = InputSizes.of(parts.plan), parts.state.progress.num_micro
-    batches: list[Sequence[Micro]] = []
-    for number in range(min(NUM_BATCHES, parts.train.steps_per_epoch)):
-        if batches and time.monotonic() - start > LOADING_SECONDS:
-            break
-        batches.append(parts.train.group(0, number * parts.train.batch, num_micro, size=sizes.typical))
-    extremes = [parts.train.group(0, 0, num_micro, size=s) for s in (sizes.smallest, sizes.largest) if sizes.varies]
-    (served,) = parts.eval_loader(row_of(batches[0][0].samples)[:NUM_SERVED])
-    return Material(few=parts.few_samples(), batches=batches, served=served, extremes=extremes)
-
-
-def export_problem(parts: Parts, model: nn.Module) -> str:
-    """Why a model could not be exported after training; empty if it can be."""
-    try:
-        difference = traced_difference(model, parts.preprocessing, parts.few_samples().data["image"])
-    except ExportError as error:
-        return error.message
-    return "" if difference <= TOLERANCE else f"the traced network's outputs differ by {difference:.2g}"
 
 
 def continue_from(parts: FitParts, checkpoints: Checkpoints, journal: Journal, events: Path) -> None:
@@ -250,14 +169,14 @@ def resume(run: str | Path, *, workers: int | None = None, latency: str | float 
             cache_stage(parts, journal)
             rehearsed = any(e["event"] == "stage" and e["name"] == "rehearse" for e in opened.events)
             if parts.plan.rehearse.value and not rehearsed:
-                rehearsal_stage(parts, journal, opened.path)
+                kind_of(parts.plan).rehearse(parts, journal, opened.path)
             with training(opened, parts, journal, began) as (settings, checkpoints, stop):
                 fit(parts.state, parts.context, parts.train, parts.val, settings=settings,
                     checkpoints=checkpoints, journal=journal, stop=stop)  # fmt: skip
-            return finish(opened, parts, checkpoints, journal)
+            return finish_run(opened, parts, checkpoints, journal)
 
 
-def reopen(run: Run, journal: Journal, *, workers: int | None = None) -> Parts:
+def reopen(run: Run, journal: Journal, *, workers: int | None = None) -> ImageParts:
     """Build a run's parts from its folder; raises DataError if its files changed."""
     from goodfit.data.checks.audit import changed_files
 
@@ -267,6 +186,8 @@ def reopen(run: Run, journal: Journal, *, workers: int | None = None) -> Parts:
                            where=str(run.path), kept="the run and its checkpoints",
                            next=f"goodfit.fit(module, train, val, ..., resume={str(run.path)!r}), as it was called at first")  # fmt: skip
     index = read_split(run.path / SPLIT, Path(read_json(run.path / "run.json")["root"]))
+    if (run.path / OBJECTS).is_file():
+        index = with_objects(index, run.path / OBJECTS)
     with stage(journal, "data") as note:
         changed = changed_files(index)
         if changed:
@@ -275,7 +196,7 @@ def reopen(run: Run, journal: Journal, *, workers: int | None = None) -> Parts:
                             next="put the files back, or start a new run")  # fmt: skip
         note.text = f"{len(index):,} files unchanged"
     with execution(plan):
-        return assemble(plan, index, workers=workers)
+        return kind_of(plan).assemble(plan, index, workers=workers)
 
 
 def test(run: str | Path) -> dict[str, Any]:
@@ -295,11 +216,11 @@ def test(run: str | Path) -> dict[str, Any]:
         with execution(parts.plan):
             restore(parts.state, snapshot)
             load_best(parts, checkpoints)
-            found = final_test(opened, parts, journal)
+            found = kind_of(parts.plan).test(opened, parts, journal)
             bundle = opened.bundle / "model.safetensors"
             if not bundle.is_file():
                 raise StorageError("This run has no bundle yet.", where=str(run), next=f"goodfit resume {run}")
-            return write_result(opened, parts, checkpoints, found)
+            return kind_of(parts.plan).write_result(opened, parts, checkpoints, found)
 
 
 @dataclass(frozen=True, slots=True)

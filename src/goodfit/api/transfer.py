@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from goodfit.api.assemble import Parts
+from goodfit.api.assemble import ImageParts
 from goodfit.config.facts import ModelFacts
 from goodfit.config.plan import Plan
 from goodfit.core.errors import RequestError
@@ -38,7 +38,7 @@ def check_freezing(plan: Plan) -> None:
         plan_freezing(network, freeze=plan.freeze.value, unfreeze=plan.unfreeze.value, steps_per_epoch=1)
 
 
-def transfer_stage(parts: Parts, journal: Journal) -> None:
+def transfer_stage(parts: ImageParts, journal: Journal) -> None:
     """Stage `transfer`: say what the weights brought, what trains and what is frozen, and the rates of the layers."""
     plan, freezing, report = parts.plan, parts.context.freezing, parts.weights
     sizes = {name: parameter.numel() for name, parameter in parts.state.model.named_parameters()}

@@ -26,6 +26,8 @@ class DataFacts:
     pixel_bytes_at: float  # bytes of one decoded training image per squared pixel of imgsz
     decode_seconds: float  # to decode one image, on one thread, measured during the audit
     task: str = "classify"
+    shape: tuple[float, float] = (1.0, 1.0)  # width and height over the longer side, of nearly all pictures
+    object_side: float = 0.0  # of the smaller objects, as a share of the picture's longer side; 0 where there are none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

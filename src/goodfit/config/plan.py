@@ -16,6 +16,7 @@ ADDED: dict[str, Any] = {  # decisions that plans of earlier versions lack, and 
     "compile": "off", "allocator": "keep", "prefetch": 2, "latency": 0.0, "latency_threads": 1, "most_epochs": 0, "time": 0.0,
     "layer_decay": 1.0, "freeze": "", "unfreeze": "never", "decay": 0.2, "milestones": [], "period": 0.0, "gamma": 0.1,
     "clip_value": 0.0, "swa": 0.0, "scale": 0.0, "multi_scale": 0.0, "progressive": 1.0, "size_step": 32,
+    "mosaic": 0.0, "detector": {},
 }  # fmt: skip
 T_co = TypeVar("T_co", covariant=True)
 
@@ -48,6 +49,7 @@ class Plan:
     weights: Decision[str]  # hub name, file path, or ""
     imgsz: Decision[int]
     preprocessing: Decision[dict[str, Any]]
+    detector: Decision[dict[str, Any]]  # width, depth and levels of a detector's head; empty without one
     epochs: Decision[int]
     most_epochs: Decision[int]  # that a run which is still improving may be extended to; `epochs` or less: it never is
     time: Decision[float]  # seconds that the whole run may take; 0 is no limit
@@ -90,6 +92,7 @@ class Plan:
     flip: Decision[float]
     mixup: Decision[float]
     cutmix: Decision[float]
+    mosaic: Decision[float]  # probability that four pictures with objects share an input
     precision: Decision[str]
     channels_last: Decision[bool]
     compile: Decision[str]

@@ -111,10 +111,12 @@ def resolve(request: TrainRequest, facts: Facts, base: Plan | None = None) -> Pl
                         multi_scale=sizes["multi_scale"].value, progressive=sizes["progressive"].value)  # fmt: skip
     regularisation = _regularisation(choose, data, model, pretrained, varies=inputs.varies)
     return Plan(
-        **_data_decisions(request, data, base),
-        **_model_decisions(request, facts, base),
+        **data_decisions(request, data, base),
+        **model_decisions(request, facts, base),
         imgsz=imgsz,
         preprocessing=_preprocessing(imgsz.value, model, pretrained),
+        detector=Decision({}, "one class per image", "rule"),
+        mosaic=Decision(0.0, "one class per image", "rule"),
         batch=batch,
         accumulate=accumulate,
         **recipe,
@@ -138,7 +140,7 @@ def _figures(measured: Measured | None, base: Plan | None) -> Measured | None:
     return replace(base.measured or measured, lr_range=measured.lr_range)
 
 
-def _data_decisions(request: TrainRequest, data: DataFacts, base: Plan | None) -> dict[str, Any]:
+def data_decisions(request: TrainRequest, data: DataFacts, base: Plan | None) -> dict[str, Any]:
     plan = resolve_data(request, base)
     split = plan.split
     if data.given_splits:
@@ -158,7 +160,7 @@ def _data_decisions(request: TrainRequest, data: DataFacts, base: Plan | None) -
     }
 
 
-def _model_decisions(request: TrainRequest, facts: Facts, base: Plan | None) -> dict[str, Any]:
+def model_decisions(request: TrainRequest, facts: Facts, base: Plan | None) -> dict[str, Any]:
     model = facts.model
     plan = resolve_model(request, facts.data, facts.machine, base, weights=not model.weights_problem)
     name = Decision(model.name, plan.model.reason, plan.model.source)

@@ -21,6 +21,18 @@ class Blobs(Sequence[bytes]):
         self._ends = np.cumsum(np.fromiter((len(v) for v in values), np.int64, len(values)), dtype=np.int64)
         self._data = b"".join(values)
 
+    @classmethod
+    def of(cls, data: bytes, ends: npt.NDArray[np.int64]) -> Blobs:
+        """The inverse of `parts`."""
+        made = cls()
+        made._data, made._ends = data, ends
+        return made
+
+    @property
+    def parts(self) -> tuple[bytes, npt.NDArray[np.int64]]:
+        """All bytes one after another, and where each entry ends, int64."""
+        return self._data, self._ends
+
     @property
     def nbytes(self) -> int:
         """Bytes that the column takes."""

@@ -86,7 +86,7 @@ def _pool(threads: int, _process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="goodfit-cut")
 
 
-def _each(num: int, threads: int, work: Callable[[int], None]) -> None:
+def each_on_threads(num: int, threads: int, work: Callable[[int], None]) -> None:
     """Do `work` for 0 to num - 1, a stretch of them on each thread, this one included."""
 
     def stretch(start: int, stop: int) -> None:
@@ -101,7 +101,7 @@ def _each(num: int, threads: int, work: Callable[[int], None]) -> None:
 
 
 @contextlib.contextmanager
-def _own_threads() -> Iterator[None]:
+def own_threads() -> Iterator[None]:
     """Keep torch from spreading single pictures over a team of its own threads. Each such call leaves a thread that
     waits, spinning, on the core which ours need: loading fell from 12,000 pictures a second to 7,000."""
     num = torch.get_num_threads()
@@ -125,7 +125,7 @@ def _cut_all(
     places = torch.from_numpy(made).permute(0, 3, 1, 2).split(1)
     mirrored = placed.mirrored.tolist()
     targets = [torch.empty_like(p) if m else p for p, m in zip(places, mirrored, strict=True)]
-    _each(len(pictures), threads, lambda k: fit_into(parts[k], targets[k]))
+    each_on_threads(len(pictures), threads, lambda k: fit_into(parts[k], targets[k]))
     for target, out, is_mirrored in zip(targets, places, mirrored, strict=True):
         if is_mirrored:
             mirror_into(target, out)
@@ -178,11 +178,11 @@ class TrainSamples:
         placed = place(preset, seed=self.seed, epoch=epoch, samples=samples, sizes=sizes, size=size,
                        share=served.size / served.resize, flip=self.flip)  # fmt: skip
         made = np.empty((len(samples), size, size, 3), np.uint8)
-        with _own_threads():
+        with own_threads():
             _cut_all(pictures, placed, made, 1 if self.shares_cores else threads)
             if preset.policy != "off":
                 operations = draw_operations(preset.policy, seed=self.seed, epoch=epoch, samples=samples)
-                _each(len(samples), threads, lambda k: apply_operations(operations[k], made[k]))
+                each_on_threads(len(samples), threads, lambda k: apply_operations(operations[k], made[k]))
         return MicroBatch(samples, self.collate(made.transpose(0, 3, 1, 2), self.index.targets[rows]))
 
 

@@ -75,6 +75,12 @@ class PictureStore:
         return int(self._ends[-1]) if self._cache != "off" else 0
 
     @property
+    def kept_sizes(self) -> npt.NDArray[np.int32]:
+        """Width and height that `get` gives for each row of the index, pixels, shape (rows, 2); the audit must have been made."""
+        assert self._index.sizes is not None
+        return self._shapes if self._cache != "off" else reduced_sizes(self._index.sizes, self._side)
+
+    @property
     def path(self) -> Path:
         """The file of a disk cache, named by the content of its pictures and by how they were made."""
         digest = hashlib.blake2b(f"{FORMAT} {self._side}".encode(), digest_size=16)

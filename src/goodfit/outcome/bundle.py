@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,10 +20,24 @@ from goodfit.core.safeio import MANIFEST, commit_directory, read_json, sha256_fi
 from goodfit.outcome.export import check_parity, export_onnx, odd_files
 from goodfit.runtime.images import Preprocessing
 from goodfit.runtime.latency import ROUNDS, serving_latency
+from goodfit.runtime.letterbox import Letterbox
 from goodfit.runtime.predictor import BUNDLE_SCHEMA, Predictor
 
 NUM_PARITY_IMAGES = 64
 PAUSES = (2.0, 4.0)  # seconds before a bundle that was too slow is timed again
+
+DETECT_SCRIPT = '''\
+"""Find objects with this bundle: python predict.py photo.jpg ...  (needs goodfit, numpy, pillow, onnxruntime)"""
+import pathlib
+import sys
+
+from goodfit.runtime import Predictor
+
+predictor = Predictor(pathlib.Path(__file__).parent)
+for row in predictor.stream(sys.argv[1:]):
+    for found in row.get("objects") or [{"label": row.get("error", "nothing"), "score": "", "box": ""}]:
+        print(row["image"], found["label"], found["score"], found["box"], sep="\\t")
+'''
 
 PREDICT_SCRIPT = '''\
 """Classify images with this bundle: python predict.py photo.jpg ...  (needs goodfit, numpy, pillow, onnxruntime)"""
@@ -48,9 +62,24 @@ class Served:
     planned: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Exporter:
+    """How a kind of network becomes a file, and how that is proven.
+
+    Attributes:
+        export: Writes model.onnx from network, preprocessing and path; returns what the file must reproduce.
+        check: Compares a predictor with that on image files; raises ExportError where they differ.
+        script: predict.py of the bundle.
+    """
+
+    export: Callable[[nn.Module, Any, Path], Any]
+    check: Callable[[Predictor, Any, Sequence[bytes], Sequence[str]], dict[str, Any]]
+    script: str
+
+
 def write_bundle(
-    target: Path, network: nn.Module, *, preprocessing: Preprocessing, card: dict[str, Any], plan: dict[str, Any],
-    images: Sequence[Path], served: Served,
+    target: Path, network: nn.Module, *, preprocessing: Preprocessing | Letterbox, card: dict[str, Any], plan: dict[str, Any],
+    images: Sequence[Path], served: Served, exporter: Exporter | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the bundle of a trained network, refused unless ONNX Runtime reproduces it from real image files.
 
@@ -62,6 +91,7 @@ def write_bundle(
         images: Real images of the validation split; one of them is also tried EXIF-rotated, grey, CMYK, RGBA and very
             large.
         served: How it will be served; the finished bundle is timed so.
+        exporter: That of a classifier, if None.
 
     Returns:
         The content of bundle.json.
@@ -70,6 +100,7 @@ def write_bundle(
         ExportError: the network cannot be exported, its outputs differ, or it is slower than the limit.
         StorageError: the folder cannot be written.
     """
+    exporter = exporter or CLASSIFIER
     files = [path.read_bytes() for path in images[:NUM_PARITY_IMAGES]]
     names = [path.name for path in images[:NUM_PARITY_IMAGES]]
     odd = odd_files(files[0])
@@ -78,21 +109,27 @@ def write_bundle(
     def fill(folder: Path) -> None:
         tensors = {name: t.detach().cpu().contiguous() for name, t in network.state_dict().items()}
         save_file(tensors, str(folder / "model.safetensors"))
-        reference = draft_bundle(folder, network, preprocessing, card)
+        reference = draft_bundle(folder, network, preprocessing, card, exporter.export)
         made.update(read_json(folder / "bundle.json"))
-        made["parity"] = check_parity(Predictor(folder), reference, [*files, *odd.values()], [*names, *odd])
+        made["parity"] = exporter.check(Predictor(folder), reference, [*files, *odd.values()], [*names, *odd])
         made["latency"] = check_latency(folder, served)
         (folder / MANIFEST).unlink()
         write_json(folder / "bundle.json", made)
         write_json(folder / "plan.json", plan)
         write_json(folder / "metrics.json", card["metrics"])
-        write_text(folder / "predict.py", PREDICT_SCRIPT)
+        write_text(folder / "predict.py", exporter.script)
 
     commit_directory(target, fill, {"schema": BUNDLE_SCHEMA})
     return made
 
 
-def draft_bundle(folder: Path, network: nn.Module, preprocessing: Preprocessing, card: dict[str, Any]) -> nn.Module:
+CLASSIFIER = Exporter(export_onnx, check_parity, PREDICT_SCRIPT)
+
+
+def draft_bundle(
+    folder: Path, network: nn.Module, preprocessing: Preprocessing | Letterbox, card: dict[str, Any],
+    export: Callable[[nn.Module, Any, Path], Any] = export_onnx,
+) -> Any:  # fmt: skip
     """What a `Predictor` needs, in a folder that exists: model.onnx, a card and a manifest.
 
     Returns:
@@ -101,7 +138,7 @@ def draft_bundle(folder: Path, network: nn.Module, preprocessing: Preprocessing,
     Raises:
         ExportError: the exporter does not support the network.
     """
-    reference = export_onnx(network, preprocessing, folder / "model.onnx")
+    reference = export(network, preprocessing, folder / "model.onnx")
     more = {"schema": BUNDLE_SCHEMA, "preprocessing": preprocessing.to_dict(), "versions": library_versions()}
     write_json(folder / "bundle.json", card | more)
     _preview_manifest(folder)

@@ -32,7 +32,7 @@ from goodfit.planning.checks import (
 )
 from goodfit.planning.rehearsal import Rehearsal, check_round_trip, stop_if_failed, trial_state
 from goodfit.planning.tensors import outputs_of
-from goodfit.planning.trials import check_subset, overfit
+from goodfit.planning.trials import PlainTransform, check_subset, overfit
 
 WORSE = 0.2  # of its start by which the loss of the subset run may be higher at the end before that is divergence
 
@@ -57,7 +57,8 @@ def rehearse_module(
         checks = [found, *_definite(model, context, schedule, build_optimizer, few)]
         stop_if_failed(checks)
         trained = trial_state(model, context, build_optimizer)
-        losses = overfit(trained, context, few, 0.0 if start > 0 else -math.inf)
+        plain = replace(context, transform=PlainTransform(context.transform))
+        losses = overfit(trained, plain, few, 0.0 if start > 0 else -math.inf)
         checks.append(_check_falling(losses, len(few.samples)))
         stop_if_failed(checks)
         checks.append(check_round_trip(trained.model, context, lambda: copy.deepcopy(model), few))
@@ -73,7 +74,7 @@ def _definite(
     """The checks without training, in float32 where they compare outputs."""
     num = len(few.samples)
     precise = replace(context, device=replace(context.device, precision="fp32"))
-    data = context.device.move(few.data)
+    data = context.transform.evaluate(context.device.move(few.data))
     judged = evaluating(model)
     checks = [check_evaluation(judged, precise, data, num)]
     if context.task.describe()["output"] == "logits":
@@ -90,7 +91,9 @@ def _definite(
 def _check_start(model: nn.Module, context: StepContext, few: Micro) -> tuple[float, Check]:
     """The training loss of some samples before any update is a number."""
     with torch.no_grad(), context.device.autocast():
-        terms = context.task.loss(copy.deepcopy(model).train(), context.device.move(few.data))
+        terms = context.task.loss(
+            copy.deepcopy(model).train(), context.transform.evaluate(context.device.move(few.data))
+        )
     loss = sum(float(total) / (float(count) or 1.0) for total, count in terms.values())
     return loss, Check("loss at start", math.isfinite(loss), f"loss at start {loss:.3g}",
                        "inputs or targets that hold NaN or infinite values, or a module that divides by zero")  # fmt: skip

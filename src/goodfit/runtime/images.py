@@ -23,7 +23,7 @@ MAX_PIXELS = 89_478_485  # Pillow's own limit: a 24-bit picture of a quarter of 
 
 _DAMAGE = "goodfit damage"  # key in Image.info
 
-_RESAMPLING = {
+RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -222,7 +222,7 @@ class Preprocessing:
             )
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise DataError(f"The preprocessing description is incomplete: {error}.") from error
-        if not 1 <= made.size <= made.resize <= 16384 or made.interpolation not in _RESAMPLING or min(made.std) <= 0:
+        if not 1 <= made.size <= made.resize <= 16384 or made.interpolation not in RESAMPLING or min(made.std) <= 0:
             raise DataError(f"The preprocessing description cannot be used: {value}.")
         return made
 
@@ -251,5 +251,5 @@ class Preprocessing:
         side = min(image.size) * self.size / self.resize
         left, top = (image.width - side) / 2, (image.height - side) / 2
         box = (left, top, left + side, top + side)
-        scaled = image.resize((self.size, self.size), _RESAMPLING[self.interpolation], box=box)
+        scaled = image.resize((self.size, self.size), RESAMPLING[self.interpolation], box=box)
         return np.asarray(scaled, dtype=np.uint8).transpose(2, 0, 1)

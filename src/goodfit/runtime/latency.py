@@ -52,7 +52,7 @@ def serving_latency(predictor: Predictor, files: Sequence[bytes], *, rounds: int
     preparing = []
     for number in range(FEWEST_CALLS):
         start = time.perf_counter()
-        predictor.preprocessing.pixels(files[number % len(files)])
+        predictor.pixels(files[number % len(files)])
         preparing.append(time.perf_counter() - start)
     assert best is not None
     return Latency(p50=1e3 * best[1], p95=1e3 * best[0], preparing=1e3 * statistics.median(preparing))

@@ -11,17 +11,20 @@ import numpy.typing as npt
 
 from goodfit.core.errors import DataError, GoodfitError
 from goodfit.core.safeio import read_json, verify_directory
+from goodfit.runtime.detections import Selection, select_objects
 from goodfit.runtime.images import ImageError, Preprocessing
+from goodfit.runtime.letterbox import Letterbox
 
 BUNDLE_SCHEMA = 1
 BATCH = 32  # images per call of the model; a bound on memory
+Outputs = list[npt.NDArray[np.float32]]
 
 
 class Predictor:
     """Predicts from image files with a bundle, through onnxruntime.
 
-    The model takes `image`, uint8 of shape (N, 3, size, size), and returns `logits`, float32 of shape (N, classes);
-    normalisation is inside the model.
+    The model takes `image`, uint8 of shape (N, 3, height, width); normalisation is inside it. A classifier returns `logits`,
+    float32 of shape (N, classes); a detector `boxes` (N, A, 4), in pixels of the input, and `scores` (N, A, classes).
 
     Raises:
         DataError: the folder is not a bundle, was changed since it was written, or is of an unknown schema.
@@ -42,25 +45,57 @@ class Predictor:
             raise DataError(f"This bundle has schema {card.get('schema')}, not {BUNDLE_SCHEMA}.", where=str(bundle),
                             next="use the goodfit version named in bundle.json")  # fmt: skip
         self.card: dict[str, Any] = card
+        self.task = str(card.get("task", "classify"))
         self.labels: list[str] = list(card["labels"])
-        self.preprocessing = Preprocessing.from_dict(card["preprocessing"])
+        detects = self.task == "detect"
+        self.preprocessing: Preprocessing | Letterbox = (Letterbox if detects else Preprocessing).from_dict(
+            card["preprocessing"]
+        )
+        self.selection = Selection(**card["selection"]) if detects else Selection()
+        self.threshold = float(card.get("threshold", 0.0))
+        self._outputs = ["boxes", "scores"] if detects else ["logits"]
         self._session = _open_session(self.path / "model.onnx", threads)
 
-    def logits(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """Run the model. `pixels` is uint8 of shape (N, 3, size, size); returns float32 of shape (N, classes)."""
-        outputs = self._session.run(["logits"], {"image": pixels})
-        return np.asarray(outputs[0], dtype=np.float32)
+    def pixels(self, source: Path | bytes, *, where: str = "") -> npt.NDArray[np.uint8]:
+        """One image as the model takes it, uint8 of shape (3, height, width).
 
-    def predict(self, images: Sequence[str | Path | bytes]) -> list[dict[str, Any]]:
-        """Classify images, given as paths or as the bytes of files.
+        Raises:
+            ImageError: the image cannot be read.
+        """
+        if isinstance(self.preprocessing, Letterbox):
+            return self.preprocessing.read(source, where=where)[0]
+        return self.preprocessing.pixels(source, where=where)
+
+    def run(self, pixels: npt.NDArray[np.uint8]) -> Outputs:
+        """Run the model on uint8 images of shape (N, 3, height, width); its outputs, as the class describes them."""
+        return [np.asarray(made, dtype=np.float32) for made in self._session.run(self._outputs, {"image": pixels})]
+
+    def logits(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Of a classifier: `run`, as one array of shape (N, classes)."""
+        return self.run(pixels)[0]
+
+    def objects(
+        self, boxes: npt.NDArray[np.float32], scores: npt.NDArray[np.float32]
+    ) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.floating], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The objects among one image's candidates, as goodfit.runtime.detections.select_objects has them."""
+        return select_objects(boxes, scores, self.selection)
+
+    def predict(self, images: Sequence[str | Path | bytes], *, threshold: float | None = None) -> list[dict[str, Any]]:
+        """Predict images, given as paths or as the bytes of files.
+
+        Args:
+            threshold: Of a detector: the confidence from which an object is reported; the one chosen on validation, if None.
 
         Returns:
-            One dict per image, in order: `image`, `label`, `probability` and `probabilities` (by label); or `image`
-            and `error` for a file that cannot be read.
+            One dict per image, in order. Of a classifier: `image`, `label`, `probability` and `probabilities` (by label). Of a
+            detector: `image`, `width`, `height` and `objects`, best first, each with `label`, `score` and `box` (left, top,
+            right, bottom in pixels of the upright picture). `image` and `error` for a file that cannot be read.
         """
-        return list(self.stream(images))
+        return list(self.stream(images, threshold=threshold))
 
-    def stream(self, images: Sequence[str | Path | bytes]) -> Iterator[dict[str, Any]]:
+    def stream(
+        self, images: Sequence[str | Path | bytes], *, threshold: float | None = None
+    ) -> Iterator[dict[str, Any]]:
         """As predict, but yields each result as soon as its batch is done."""
         for start in range(0, len(images), BATCH):
             rows: list[dict[str, Any]] = []
@@ -68,17 +103,36 @@ class Predictor:
             for source in images[start : start + BATCH]:
                 name = "" if isinstance(source, bytes) else str(source)
                 try:
-                    arrays.append(self.preprocessing.pixels(Path(source) if isinstance(source, str) else source))
-                    rows.append({"image": name})
+                    pixels, told = self._read(Path(source) if isinstance(source, str) else source)
+                    arrays.append(pixels)
+                    rows.append({"image": name, **told})
                 except ImageError as error:
                     rows.append({"image": name, "error": error.message})
-            probabilities = iter(softmax(self.logits(np.stack(arrays)))) if arrays else iter(())
+            made = self.run(np.stack(arrays)) if arrays else []
+            each = iter(zip(*made, strict=True))
             for row in rows:
                 if "error" not in row:
-                    row.update(self._describe(next(probabilities)))
+                    row.update(self._describe(next(each), row, self.threshold if threshold is None else threshold))
                 yield row
 
-    def _describe(self, probabilities: npt.NDArray[np.float64]) -> dict[str, Any]:
+    def _read(self, source: Path | bytes) -> tuple[npt.NDArray[np.uint8], dict[str, Any]]:
+        if not isinstance(self.preprocessing, Letterbox):
+            return self.preprocessing.pixels(source), {}
+        pixels, (width, height) = self.preprocessing.read(source)
+        return pixels, {"width": width, "height": height}
+
+    def _describe(
+        self, outputs: tuple[npt.NDArray[np.float32], ...], row: dict[str, Any], threshold: float
+    ) -> dict[str, Any]:
+        if isinstance(self.preprocessing, Letterbox):
+            boxes, scores, classes, _ = self.objects(*outputs)
+            size = (int(row["width"]), int(row["height"]))
+            boxes = self.preprocessing.place(size).boxes_out(boxes, size)
+            return {"objects": [
+                {"label": self.labels[int(c)], "score": round(float(s), 6), "box": [round(float(v), 2) for v in b]}
+                for b, s, c in zip(boxes, scores, classes, strict=True) if s >= threshold
+            ]}  # fmt: skip
+        probabilities = softmax(outputs[0])
         best = int(probabilities.argmax())
         return {
             "label": self.labels[best],

@@ -1,0 +1,90 @@
+"""Stage `plan` for a detector."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from goodfit.api.detect_parts import assemble_detector
+from goodfit.api.prepare import Audited, data_facts, stage
+from goodfit.config.detect import NEUTRAL, STEP, resolve_detect, resolve_detector, split_model
+from goodfit.config.execution import ways_to_execute
+from goodfit.config.facts import Facts
+from goodfit.config.measured import Measured
+from goodfit.config.plan import Decision, Plan
+from goodfit.config.request import TrainRequest
+from goodfit.config.resolve import data_decisions
+from goodfit.core.journal import Journal
+from goodfit.engine.device import find_machine
+from goodfit.models.catalog import look_up
+from goodfit.planning.inprocess import measure_ways_here
+
+MEASURE_PAYS = 120.0  # projected seconds of a run from which ways to execute the step are compared ...
+MEASURE_SECONDS = 8.0  # ... for about as long
+
+
+def decide_detector(request: TrainRequest, audited: Audited, journal: Journal, base: Plan | None) -> Plan:
+    """Decide everything, and measure ways to execute the training step where that pays.
+
+    Raises:
+        RequestError: something that was asked cannot be done.
+        WeightsError: weights that were asked for cannot be had.
+    """
+    with stage(journal, "plan") as note:
+        data, machine = data_facts(request, audited, base), find_machine(request.device)
+        name, pretrained = resolve_detector(request, data, machine, base)
+        family, backbone = split_model(name.value)
+        found = look_up(backbone, pretrained.value, asked=pretrained.source == "asked")
+        model = replace(found, name=f"{family}/{found.name}", stride=STEP, size_step=STEP)
+        facts = Facts(data=data, machine=machine, model=model)
+        decided = {
+            **data_decisions(request, data, base),
+            **_weights(facts, replace(name, value=model.name), pretrained),
+        }
+        decided["task"] = Decision("detect", "the data has boxes", decided["task"].source)
+        plan = resolve_detect(request, facts, decided, base)
+        if base is None and request.measure is not False and not plan.deterministic.value:
+            facts = _measured(request, facts, plan, audited)
+            plan = resolve_detect(request, facts, decided, base)
+        if plan.measured is not None and plan.measured.steps:
+            journal.emit("measured", table=plan.measured.table(), **plan.measured.to_dict())
+        for key, decision in shown_decisions(plan).items():
+            journal.emit("decision", name=key, value=decision.value, reason=decision.reason, source=decision.source)
+        licence = plan.weights.reason if plan.weights.value else "no pretrained weights"
+        note.text = f"{plan.model.value}, backbone of {model.num_parameters / 1e6:.1f} M parameters; {licence}; on {machine.device_name}"
+    return plan
+
+
+def shown_decisions(plan: Plan) -> dict[str, Decision[object]]:
+    """The decisions that mean something for a detector."""
+    return {name: decision for name, decision in plan.decisions().items() if name not in NEUTRAL}
+
+
+def _weights(facts: Facts, name: Decision[str], pretrained: Decision[str]) -> dict[str, Decision[str]]:
+    model = facts.model
+    if model.weights_kind != "none":
+        return {"model": name, "pretrained": Decision(model.weights_kind, pretrained.reason, pretrained.source),
+                "weights": Decision(model.weights, f"licence: {model.licence}", "rule")}  # fmt: skip
+    reason, source = pretrained.reason, pretrained.source
+    if pretrained.value != "false":
+        reason, source = (f"from scratch, because {model.weights_problem}; a backbone that has seen photos learns far better: pass "
+                          "pretrained=FILE.safetensors"), "measured"  # fmt: skip
+    return {"model": name, "pretrained": Decision("false", reason, source), "weights": Decision("", "none", "rule")}  # type: ignore[arg-type]
+
+
+def _measured(request: TrainRequest, facts: Facts, plan: Plan, audited: Audited) -> Facts:
+    """The facts with ways to execute the step compared on copies in this process."""
+    parts = assemble_detector(plan.changed(compile="off", cache="off", workers=0), audited.index)
+    group = parts.train.group(0, 0, plan.accumulate.value)
+    costs = measure_ways_here(parts.state.model, parts.context, parts.optimizer_for, group, [(plan.precision.value, plan.channels_last.value)],
+                              seconds=0.0, ema=plan.ema.value)  # fmt: skip
+    run = plan.epochs.value * parts.train.steps_per_epoch * sum(cost.seconds for cost in costs)
+    run = min(run, plan.time.value or run)
+    if not request.measure and run < MEASURE_PAYS:
+        return facts
+    start = time.monotonic()
+    costs = measure_ways_here(parts.state.model, parts.context, parts.optimizer_for, group, ways_to_execute(plan, facts.machine),
+                              seconds=MEASURE_SECONDS, ema=plan.ema.value)  # fmt: skip
+    return replace(
+        facts, measured=Measured(batch=plan.batch.value, steps=tuple(costs), seconds=time.monotonic() - start)
+    )

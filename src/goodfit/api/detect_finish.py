@@ -1,0 +1,241 @@
+"""The stages of a detector after training: threshold, the final test, the bundle, the report. Each is skipped if its result is there."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from goodfit.api.detect_decide import shown_decisions
+from goodfit.api.detect_parts import DetectParts
+from goodfit.api.finish import LR, NUM_PICTURES, commands, describe_latency, precisely, rate, served_files
+from goodfit.api.folder import AUDIT, Run
+from goodfit.api.prepare import stage
+from goodfit.api.verdict import compare_projection, judge_time
+from goodfit.core.history import stage_seconds
+from goodfit.core.journal import Journal
+from goodfit.core.random import permutation, stream
+from goodfit.core.safeio import read_json, write_json
+from goodfit.data.index import data_hash
+from goodfit.data.split import SealedTest
+from goodfit.engine.checkpoint import Checkpoints, tensors_sha256
+from goodfit.engine.evaluate import evaluate
+from goodfit.metrics.coco import AREAS
+from goodfit.metrics.detection import (
+    DetectionMeter,
+    ap_interval,
+    choose_threshold,
+    confidence_curve,
+    confusion_matrix,
+)
+from goodfit.outcome.bundle import DETECT_SCRIPT, Exporter, library_versions, write_bundle
+from goodfit.outcome.detection_plots import plot_confidence, plot_found, plot_scenes
+from goodfit.outcome.detector_export import check_detector_parity, export_detector
+from goodfit.outcome.ledger import count_look
+from goodfit.outcome.lr_plot import plot_schedule
+from goodfit.outcome.plots import plot_confusion, plot_results
+from goodfit.outcome.report import write_report
+from goodfit.planning.projection import describe_outcome
+
+_PARITY = stream("parity")
+TRAIN_SAMPLES = 100  # training pictures that the finished model is measured on, at most
+SHOWN = ("ap", "ap50", "ap75")
+
+
+def picture_stage(run: Run, parts: DetectParts, journal: Journal) -> None:
+    """Draw train_batch.png and val_batch.png: the very tensors that the model sees, with their boxes; and lr.png."""
+    with stage(journal, "pictures") as note:
+        plots = run.path / "plots"
+        plots.mkdir(exist_ok=True)
+        context, names = parts.context, parts.index.class_names
+        micro = parts.train.group(0, 0, parts.state.progress.num_micro)[0]
+        keys: dict[str, Any] = {"epoch": 0, "step": 0, "rank": 0, "micro": 0, "closing": False}
+        train = context.transform.train(context.device.move(micro.data), samples=micro.samples, **keys)
+        few = next(iter(parts.eval_loader(parts.val.rows[:NUM_PICTURES])))
+        val = context.transform.evaluate(context.device.move(few.data))
+        for name, batch in (("train", train), ("val", val)):
+            plot_scenes(batch, names, parts.preprocessing, plots / f"{name}_batch.png")
+        peaks: dict[float, list[str]] = {}
+        for group in parts.state.optimizer.param_groups:
+            peaks.setdefault(group["peak_lr"], []).append(group["name"])
+        plot_schedule(parts.state.progress.schedule, {", ".join(dict.fromkeys(n)): lr for lr, n in peaks.items()},
+                      parts.train.steps_per_epoch, plots / LR)  # fmt: skip
+        note.text = str(plots / "train_batch.png")
+
+
+def _judge(parts: DetectParts, rows: Any) -> DetectionMeter:
+    """The model on some rows as it will be served, in float32."""
+    meter = evaluate(parts.state.model, parts.eval_loader(rows), task=parts.task, transform=parts.context.transform,
+                     device=precisely(parts.plan), ranks=parts.context.ranks)  # fmt: skip
+    assert isinstance(meter, DetectionMeter)
+    return meter
+
+
+def threshold_stage(run: Run, parts: DetectParts, journal: Journal) -> dict[str, Any]:
+    """Choose on validation from which confidence an object is reported, and measure the best model on training pictures too.
+
+    Returns:
+        `threshold`, its `f1`, and `train`: the figures on training pictures, as they are served, and `n`, how many.
+    """
+    done = threshold_of(run)
+    if done:
+        return done
+    with stage(journal, "threshold") as note:
+        num = len(parts.index.class_names)
+        threshold, f1 = choose_threshold(_judge(parts, parts.val.rows).images, num)
+        rows = parts.train.rows[:: max(1, len(parts.train.rows) // TRAIN_SAMPLES)][:TRAIN_SAMPLES]
+        train = {**_judge(parts, rows).compute(), "n": len(rows)}
+        best = parts.state.progress.best
+        val = best["metrics"]["ap50"] if best else 0.0
+        note.text = (f"objects from a confidence of {threshold:.2f} (F1 {f1:.3f} on validation) · AP50 {train['ap50']:.3f} on {len(rows)} training "
+                     f"pictures as they are served, {val:.3f} on validation")  # fmt: skip
+        found = {"threshold": threshold, "f1": f1, "train": train}
+        note.fields = {"found": found}
+    return found
+
+
+def threshold_of(run: Run) -> dict[str, Any]:
+    """What `threshold_stage` found in a run; empty before."""
+    made = (e["found"] for e in reversed(run.events) if e["event"] == "stage" and e["name"] == "threshold")
+    return dict(next(made, {}))
+
+
+def final_test(run: Run, parts: DetectParts, journal: Journal) -> dict[str, Any]:
+    """Open the sealed split, count the look, test the model in float32 as it will be served, and write test.json.
+
+    Raises:
+        DataError: the test split is not the one that was sealed.
+    """
+    with stage(journal, "test") as note:
+        sealed = SealedTest(read_json(run.path / AUDIT)["data"]["test_sha256"])
+        rows = sealed.open(parts.index)
+        digest = tensors_sha256({"": dict(parts.state.model.state_dict())})
+        look = count_look(run.path.parent, sealed.sha256, run=run.path.name, weights_sha256=digest)
+        meter = _judge(parts, rows)
+        result = _result(meter, parts, threshold_of(run)["threshold"], look)
+        write_json(run.path / "test.json", result)
+        plots = run.path / "plots"
+        plots.mkdir(exist_ok=True)
+        plot_found(parts.index, rows, meter.images, result["threshold"], plots)
+        journal.emit("test", **{k: result[k] for k in ("n", "look", *SHOWN, "low", "high", "ap50_low", "ap50_high")})
+        note.text = (f"AP50 {result['ap50']:.3f} ({result['ap50_low']:.3f}–{result['ap50_high']:.3f}) · AP {result['ap']:.3f} "
+                     f"({result['low']:.3f}–{result['high']:.3f}) · n = {result['n']} images, {result['num_objects']} objects · "
+                     f"look {look} on this test set")  # fmt: skip
+    return result
+
+
+def _result(meter: DetectionMeter, parts: DetectParts, threshold: float, look: int) -> dict[str, Any]:
+    """The content of test.json."""
+    names, images = parts.index.class_names, meter.images
+    num, evaluation = len(names), meter.evaluation()
+    low50, high50 = ap_interval(images, num, 0.5)
+    low, high = ap_interval(images, num, None)
+    confusion = confusion_matrix(images, num, threshold)
+    counts = [sum(int((i.true_classes == c).sum()) for i in images) for c in range(num)]
+    curves = {names[c]: curve for c in range(num) if (curve := confidence_curve(images, c)) is not None}
+    rows = []
+    for c, figures in enumerate(evaluation.by_class()):
+        at = min(98, max(0, round(100 * threshold) - 1))
+        curve = curves.get(names[c])
+        point = {k: float(curve[k][at]) if curve is not None else 0.0 for k in ("precision", "recall", "f1")}
+        rows.append({"class": names[c], "objects": counts[c], **figures, **point})
+    return {
+        "n": len(images), "num_objects": sum(counts), "look": look, **meter.compute(), "low": low, "high": high,
+        "ap50_low": low50, "ap50_high": high50, "interval": "95 % interval by the bootstrap over images", "coco": evaluation.summary(),
+        "areas": [list(a) for a in AREAS], "threshold": threshold, "per_class": rows, "confusion": confusion.tolist(),
+        "curves": {n: {k: [round(float(v), 5) for v in values] for k, values in c.items()} for n, c in curves.items()},
+        "baselines": {},
+    }  # fmt: skip
+
+
+def bundle_stage(run: Run, parts: DetectParts, journal: Journal, test: dict[str, Any]) -> dict[str, Any]:
+    """Export, prove and write the bundle.
+
+    Raises:
+        ExportError: the exported model does not find what the trained one does.
+    """
+    if (run.bundle / "bundle.json").is_file() and (run.bundle / "manifest.json").is_file():
+        return dict(read_json(run.bundle / "bundle.json"))
+    with stage(journal, "bundle") as note:
+        index, plan, found = parts.index, parts.plan, threshold_of(run)
+        val = index.rows("val")
+        order = permutation(len(val), _PARITY, plan.seed.value)
+        best = parts.state.progress.best
+        shown = {k: v for k, v in test.items() if k != "curves"}
+        card = {
+            **parts.task.describe(), "threshold": found["threshold"], "model": plan.model.value,
+            "licence": plan.weights.reason.removeprefix("licence: ") if plan.weights.value else "none: trained from scratch",
+            "weights": plan.weights.value, "data_sha256": data_hash(index),
+            "metrics": {"train": found["train"], "val": best["metrics"] if best else {}, "test": shown},
+        }  # fmt: skip
+        export = functools.partial(_export, decode=parts.task.detector.decode)
+        made = write_bundle(run.bundle, parts.state.model, preprocessing=parts.preprocessing, card=card, plan=plan.to_dict(),
+                            images=[index.file(int(val[i])) for i in order], served=served_files(parts),
+                            exporter=Exporter(export, check_detector_parity, DETECT_SCRIPT))  # fmt: skip
+        parity = made["parity"]
+        note.text = (f"{run.bundle}  parity {parity['max_difference']:.0e} on {parity['num_files']} files, {parity['num_objects']} objects "
+                     f"alike · {describe_latency(made['latency'])}")  # fmt: skip
+    return made
+
+
+def _export(network: torch.nn.Module, letterbox: Any, path: Any, *, decode: Any) -> Any:
+    return export_detector(network, letterbox, decode, path)
+
+
+def report_stage(run: Run, parts: DetectParts, journal: Journal, test: dict[str, Any], bundle: dict[str, Any]) -> None:
+    """Draw the pictures and write report.html."""
+    with stage(journal, "report") as note:
+        plots = run.path / "plots"
+        plots.mkdir(exist_ok=True)
+        events, names = run.events, [*parts.index.class_names, "background"]
+        epochs = [e for e in events if e["event"] == "epoch"]
+        plot_results(epochs, plots / "results.png")
+        plot_confusion(test["confusion"], names, plots / "confusion_matrix.png")
+        plot_confidence(test["curves"], test["threshold"], plots / "confidence.png")
+        audit, best = read_json(run.path / AUDIT), parts.state.progress.best or {}
+        gap = {"train": threshold_of(run)["train"], "val": best.get("metrics", {}), "test": test}
+        decisions = {
+            n: {"value": d.value, "source": d.source, "reason": d.reason}
+            for n, d in shown_decisions(parts.plan).items()
+        }
+        facts = {
+            "name": run.path.name, "data": audit["data"], "findings": audit["findings"], "decisions": decisions, "test": test,
+            "bundle": bundle, "training": f"{len(epochs)} epochs, {parts.state.progress.step} steps; the best state is that of epoch "
+            f"{best.get('epoch', 0) + 1}; {len(parts.state.progress.skipped)} updates left out.",
+            "gap": {}, "figures": {name: found for name, found in gap.items() if found}, "rate": rate(run),
+            "seconds": stage_seconds(events), "commands": commands(run), "versions": library_versions(),
+            "time": judge_time(run, parts).to_dict(), "projection": describe_outcome(**compare_projection(run)),
+            "checks": [c for e in events if e["event"] == "stage" for c in e.get("checks", ())],
+        }  # fmt: skip
+        pictures = {
+            name: plots / f"{name}.png"
+            for name in ("results", "confidence", "found", "missed", "false_alarms", "lr", "train_batch")
+        }
+        write_report(
+            run.path / "report.html",
+            facts,
+            {**pictures, "confusion": plots / "confusion_matrix.png"},
+            template="detect.html",
+        )
+        note.text = str(run.path / "report.html")
+
+
+def write_result(run: Run, parts: DetectParts, checkpoints: Checkpoints, test: dict[str, Any]) -> dict[str, Any]:
+    """Write result.json, what `json=true` prints."""
+    progress, last, events = parts.state.progress, checkpoints.latest(), run.events
+    assert last is not None
+    figures = ("n", "num_objects", "low", "high", "look", *SHOWN, "ap50_low", "ap50_high", "loss", "threshold")
+    result = {
+        "status": "done", "task": parts.plan.task.value, "run": str(run.path), "bundle": str(run.bundle),
+        "epochs": sum(e["event"] == "epoch" for e in events), "steps": progress.step,
+        "metrics": {"train": threshold_of(run)["train"], "val": progress.best["metrics"] if progress.best else {},
+                    "test": {k: test[k] for k in figures}},
+        "baselines": {}, "weights_sha256": tensors_sha256({"": load_file(str(run.bundle / "model.safetensors"))}),
+        "state_sha256": tensors_sha256(last.files), "rate": rate(run), "seconds": stage_seconds(events),
+        "utilisation": judge_time(run, parts).to_dict(), "projection": compare_projection(run),
+        "latency": read_json(run.bundle / "bundle.json")["latency"],
+    }  # fmt: skip
+    write_json(run.path / "result.json", result)
+    return result

@@ -1,0 +1,206 @@
+"""The plan of a detector: which family over which backbone, the shape of its input, and what else differs from one class per image.
+
+Pure functions, and the only home of these defaults.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from goodfit.config.chooser import Chooser
+from goodfit.config.execution import choose_execution
+from goodfit.config.facts import DataFacts, Facts, MachineFacts
+from goodfit.config.monitor import check_monitor
+from goodfit.config.plan import Decision, Plan
+from goodfit.config.recipe import choose_recipe
+from goodfit.config.request import TrainRequest
+from goodfit.config.sizes import InputSizes, choose_sizes
+from goodfit.core.errors import RequestError
+
+FAMILIES = ("fcos",)
+STEP = 32  # pixels: both sides of the input are multiples of it
+FIGURES = ("ap", "ap50", "ap75", "loss")  # that validation gives
+OBJECT_SIDE = 14.0  # pixels of the input that the smaller objects should have: two places of the finest map
+BATCH = {"cpu": 8, "cuda": 16}
+CLOSE = 0.1
+_ONE_CLASS = "this is for images with one class each"
+_NOT_YET = "this is not done for detectors yet"
+WHY_NOT = {  # options that detection refuses, and why
+    **dict.fromkeys(("label_smoothing", "mixup", "cutmix", "policy", "erase", "balance", "dropout"), _ONE_CLASS),
+    **dict.fromkeys(("lr_find", "batch_study", "latency", "latency_threads", "drop_path", "memory"), _NOT_YET),
+}
+NEUTRAL: dict[str, Any] = {  # decisions that mean nothing here
+    "label_smoothing": 0.0, "dropout": 0.0, "drop_path": 0.0, "balance": "off", "policy": "off", "erase": 0.0, "mixup": 0.0,
+    "cutmix": 0.0, "latency": 0.0, "latency_threads": 1,
+}  # fmt: skip
+BACKBONES = {
+    "cpu": ("mobilenetv2_100", "few multiply-adds and good maps: a processor"),
+    "cuda": ("resnet50", "this GPU has room for it"),
+}
+
+
+def split_model(name: str | None) -> tuple[str, str]:
+    """Family and backbone of a name as `fcos/resnet18`, `fcos` or `resnet18`; "" where it says nothing.
+
+    Raises:
+        RequestError: there is no such family.
+    """
+    if not name:
+        return "", ""
+    first, slash, rest = name.partition("/")
+    if first in FAMILIES:
+        return first, rest
+    if slash:
+        raise RequestError(f"There is no family of detectors called {first}.", where="model=",
+                           next=f"{', '.join(FAMILIES)}, as in model={FAMILIES[0]}/resnet18")  # fmt: skip
+    return "", first
+
+
+def resolve_detector(
+    request: TrainRequest, data: DataFacts, machine: MachineFacts, base: Plan | None = None
+) -> tuple[Decision[str], Decision[str]]:
+    """The model, as family/backbone, and where its pretrained weights come from.
+
+    The backbone is "" where it is to be found by the tensors of a weight file.
+    """
+    choose = Chooser(request, base)
+    family, backbone = split_model(request.model if base is None or request.model else base.model.value)
+    if base is not None and request.pretrained is None:
+        same = {"file": base.weights.value, "hub": "true"}.get(base.pretrained.value, "false")
+        pretrained = Decision(same, base.pretrained.reason, base.pretrained.source)
+    else:
+        pretrained = choose(
+            "pretrained", "true", f"{data.num_train:,} pictures: a backbone that has seen photos learns far faster"
+        )
+    file = pretrained.value not in ("true", "false")
+    usual, why = BACKBONES["cuda" if machine.device == "cuda" else "cpu"]
+    reason = f"fcos, one stage without anchors to choose; {why}" if not backbone else "asked for"
+    if not backbone and not (file and pretrained.source == "asked"):
+        backbone = usual
+    source = "asked" if request.model is not None else "rule" if base is None else base.model.source
+    return Decision(f"{family or FAMILIES[0]}/{backbone}", reason, source), pretrained
+
+
+def resolve_detect(
+    request: TrainRequest, facts: Facts, decided: dict[str, Decision[Any]], base: Plan | None = None
+) -> Plan:
+    """Decide everything for a detector.
+
+    Args:
+        request: What was asked.
+        facts: About the data, the machine and the backbone, which is `facts.model`.
+        decided: What was decided about the data, and the model with its weights.
+        base: An earlier plan to follow where nothing is asked.
+
+    Raises:
+        RequestError: asked values contradict each other or the facts, or mean nothing for a detector.
+    """
+    refused = [f"{name}: {why}" for name, why in WHY_NOT.items() if getattr(request, name) is not None]
+    if refused:
+        raise RequestError("Detection does not take this:\n" + "\n".join(f"  {line}" for line in refused), kept="nothing was started",
+                           next="leave it out")  # fmt: skip
+    if base is not None and base.task.value != "detect":
+        raise RequestError(
+            f"plan={request.plan}: this is a plan for the task {base.task.value}.", next="give the plan of a detector"
+        )
+    choose = Chooser(request, base)
+    imgsz = _image_size(choose, facts.data, facts.machine)
+    batch, accumulate = _batch(choose, facts)
+    recipe = choose_recipe(choose, facts, batch.value)
+    epochs = recipe["epochs"].value
+    sizes = choose_sizes(choose, facts.model, imgsz.value, epochs)
+    inputs = InputSizes(imgsz=imgsz.value, epochs=epochs, step=STEP, multi_scale=sizes["multi_scale"].value,
+                        progressive=sizes["progressive"].value)  # fmt: skip
+    augmentation = _augmentation(choose, facts.data)
+    monitor = choose("monitor", "ap", "average precision over IoU 0.5 to 0.95; ties are broken by the loss")
+    check_monitor(monitor.value, FIGURES)
+    return Plan(
+        **decided,
+        imgsz=imgsz,
+        preprocessing=_letterbox(imgsz.value, facts),
+        detector=_architecture(choose, facts.machine),
+        batch=batch,
+        accumulate=accumulate,
+        **recipe,
+        **sizes,
+        **augmentation,
+        **choose_execution(choose, facts, inputs, augmentation["scale"].value),
+        monitor=monitor,
+        seed=choose("seed", 0, "fixed, so that the run can be repeated"),
+        deterministic=choose("deterministic", False, "the CPU repeats itself anyway; on a GPU it costs speed"),
+        rehearse=choose("rehearse", True, "a minute now against a night lost"),
+        **{name: Decision(value, "means nothing for a detector", "rule") for name, value in NEUTRAL.items()},
+        measured=facts.measured if base is None else base.measured,
+    )  # type: ignore[arg-type]
+
+
+def _image_size(choose: Chooser, data: DataFacts, machine: MachineFacts) -> Decision[int]:
+    """The longer side of the input: what the smaller objects need to be seen, within what the pictures have and the machine can do."""
+    low, high = (640, 1280) if machine.device == "cuda" else (320, 640)
+    own = max(STEP, STEP * math.ceil(data.median_side / STEP))
+    low, high = min(low, own), min(high, own)
+    needed = OBJECT_SIDE / data.object_side if data.object_side else low
+    size = int(min(high, max(low, STEP * math.ceil(needed / STEP))))
+    reason = (f"the smaller objects take {100 * data.object_side:.1f} % of a picture's longer side, {size * data.object_side:.0f} pixels of the "
+              f"input; pictures of {data.median_side} px")  # fmt: skip
+    decision = choose("imgsz", size, reason)
+    rounded = max(STEP, round(decision.value / STEP) * STEP)
+    if rounded == decision.value:
+        return decision
+    return Decision(rounded, f"{decision.value} {decision.reason}; detectors take multiples of {STEP}", decision.source)
+
+
+def _letterbox(imgsz: int, facts: Facts) -> Decision[dict[str, Any]]:
+    wide, high = facts.data.shape
+    width, height = (max(STEP, min(imgsz, STEP * math.ceil(imgsz * share / STEP - 0.25))) for share in (wide, high))
+    model = facts.model
+    value = {
+        "fit": "letterbox",
+        "width": width,
+        "height": height,
+        "interpolation": "bilinear",
+        "mean": list(model.mean),
+        "std": list(model.std),
+    }
+    return Decision(
+        value, f"pictures are scaled into {width} × {height} pixels, the shape that they have; the rest is grey", "rule"
+    )
+
+
+def _architecture(choose: Chooser, machine: MachineFacts) -> Decision[dict[str, Any]]:
+    large = machine.device == "cuda"
+    value = {"channels": 256, "convs": 4, "levels": 5} if large else {"channels": 128, "convs": 2, "levels": 4}
+    reason = (
+        "as published"
+        if large
+        else "half the width and depth of the published head, which takes four fifths of the time on a processor"
+    )
+    return choose("detector", value, reason)
+
+
+def _batch(choose: Chooser, facts: Facts) -> tuple[Decision[int], Decision[int]]:
+    usual = min(BATCH["cuda" if facts.machine.device == "cuda" else "cpu"], facts.data.num_train)
+    batch = choose("batch", usual, "the usual size for detectors, whose pictures hold many samples each")
+    accumulate = choose("accumulate", 1, "the batch fits at once")
+    if accumulate.value > batch.value or batch.value > facts.data.num_train:
+        most = facts.data.num_train
+        raise RequestError(f"batch={batch.value} with accumulate={accumulate.value} does not fit: the training split has {most} pictures.",
+                           next=f"use batch={min(usual, most)} and accumulate=1")  # fmt: skip
+    return batch, accumulate
+
+
+def _augmentation(choose: Chooser, data: DataFacts) -> dict[str, Decision[Any]]:
+    augment = choose("augment", "standard", "zoom and colour")
+    off = augment.value == "off"
+    flip = choose("flip", 0.0 if off else 0.5, "augmentation is off" if off else
+                  "pictures mean the same mirrored" if data.grey_share <= 0.5 else "grey pictures, mirrored: flip=0 for characters")  # fmt: skip
+    scale = choose("scale", 0.0, "as the preset")
+    mosaic = choose(
+        "mosaic",
+        0.5 if augment.value == "strong" else 0.0,
+        "part of the strong preset" if augment.value == "strong" else "helps only long training",
+    )
+    close = choose("close_augment", 0.0 if off else CLOSE, "nothing to switch off" if off else
+                   "the last tenth of the epochs on pictures as they will be served")  # fmt: skip
+    return {"augment": augment, "flip": flip, "scale": scale, "mosaic": mosaic, "close_augment": close}

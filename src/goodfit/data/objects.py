@@ -1,0 +1,53 @@
+"""The objects of a sample, ready to be learned: boxes in pixels of the upright picture, unusable ones left out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from goodfit.data.index import DatasetIndex
+
+
+@dataclass(frozen=True, slots=True)
+class SampleObjects:
+    """The objects of one picture that the audit kept.
+
+    Attributes:
+        boxes: Left, top, right, bottom in pixels, cut at the picture's edges; float64, shape (G, 4).
+        classes: int64, shape (G,).
+        crowd: bool, shape (G,).
+        numbers: Of the objects in the index, int64, shape (G,).
+    """
+
+    boxes: npt.NDArray[np.float64]
+    classes: npt.NDArray[np.int64]
+    crowd: npt.NDArray[np.bool_]
+    numbers: npt.NDArray[np.int64]
+
+
+def objects_of(index: DatasetIndex, row: int) -> SampleObjects:
+    """The objects of a row of an index that was audited."""
+    objects, sizes = index.objects, index.sizes
+    assert objects is not None and sizes is not None
+    part = objects.of(row)
+    kept = np.flatnonzero(objects.kept[part])
+    size = np.tile(sizes[row].astype(np.float64), 2)
+    boxes = objects.boxes[part][kept].astype(np.float64)
+    boxes = np.clip(boxes * size if objects.relative else boxes, 0.0, size)
+    whole = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    kept = kept[whole]
+    return SampleObjects(boxes[whole], objects.classes[part][kept].astype(np.int64), objects.crowd[part][kept],
+                         kept + part.start)  # fmt: skip
+
+
+def padded(
+    rows: list[npt.NDArray[np.generic]], fill: float, dtype: npt.DTypeLike, *, width: tuple[int, ...] = ()
+) -> npt.NDArray[np.generic]:
+    """Arrays of unequal length as one, filled up behind. Shape: (N, longest, *width)."""
+    longest = max((len(r) for r in rows), default=0)
+    made = np.full((len(rows), longest, *width), fill, dtype)
+    for number, row in enumerate(rows):
+        made[number, : len(row)] = row
+    return made

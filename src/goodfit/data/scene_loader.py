@@ -1,0 +1,143 @@
+"""Batches of pictures with objects: augmented for training, through the serving path for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from goodfit.config.sizes import InputSizes
+from goodfit.data.index import DatasetIndex
+from goodfit.data.loader import MicroBatch, each_on_threads, own_threads, row_of
+from goodfit.data.objects import objects_of, padded
+from goodfit.data.scenes import Paste, ScenePreset, compose, cut_boxes, draw_scene
+from goodfit.data.store import PictureStore
+from goodfit.runtime.letterbox import Letterbox
+
+Collate = Callable[[npt.NDArray[np.uint8], dict[str, npt.NDArray[Any]]], Any]  # images (N, 3, H, W), targets
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SceneSamples:
+    """Makes augmented samples of any epoch, without state of its own; as `TrainSamples` for pictures of one class.
+
+    Attributes:
+        rows: Pictures that a mosaic may take in.
+        letterbox: The input as it is served.
+        sizes: The longer side of each batch's input.
+    """
+
+    index: DatasetIndex
+    store: PictureStore
+    rows: npt.NDArray[np.int64]
+    preset: ScenePreset
+    letterbox: Letterbox
+    flip: float
+    seed: int
+    collate: Collate
+    sizes: InputSizes
+
+    def size_of(self, epoch: int, number: int, *, closing: bool = False) -> int:
+        """The longer side of the input of an epoch's batch of this number, pixels: a function of these and the seed."""
+        return self.sizes.draw(seed=self.seed, epoch=epoch, number=number, closing=closing)
+
+    def shape_at(self, size: int | None) -> tuple[int, int]:
+        """Height and width of the input whose longer side is `size`; None is that which is served."""
+        if size is None or size == self.sizes.imgsz:
+            return self.letterbox.shape
+        return self.letterbox.at(size, self.sizes.step).shape
+
+    def micro_batch(
+        self, epoch: int, samples: npt.NDArray[np.int64], *, size: int | None = None, closing: bool = False,
+        threads: int = 1,
+    ) -> MicroBatch:  # fmt: skip
+        """The collated, augmented samples of an epoch; with its mild form while `closing`, at the end of a run."""
+        preset = self.preset.closing() if closing else self.preset
+        shape, kept = self.shape_at(size), self.store.kept_sizes
+        scenes = [
+            compose(preset, seed=self.seed, epoch=epoch, sample=int(sample), row=int(row), rows=self.rows, sizes=kept,
+                    shape=shape, flip=self.flip)
+            for sample, row in zip(samples, row_of(samples), strict=True)
+        ]  # fmt: skip
+        made = np.empty((len(samples), *shape, 3), np.uint8)
+        with own_threads():
+            each_on_threads(len(samples), threads,
+                            lambda k: draw_scene(scenes[k], [self.store.get(p.row) for p in scenes[k]], made[k]))  # fmt: skip
+        return MicroBatch(samples, self.collate(made.transpose(0, 3, 1, 2), self._targets(scenes)))
+
+    def _targets(self, scenes: list[list[Paste]]) -> dict[str, npt.NDArray[Any]]:
+        boxes, classes = [], []
+        for pastes in scenes:
+            parts = [self._objects(paste) for paste in pastes]
+            boxes.append(np.concatenate([np.zeros((0, 4)), *(b for b, _ in parts)]))
+            classes.append(np.concatenate([np.zeros(0, np.int64), *(c for _, c in parts)]))
+        return {"boxes": padded(boxes, 0.0, np.float32, width=(4,)), "classes": padded(classes, -1, np.int64)}
+
+    def _objects(self, paste: Paste) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+        found = objects_of(self.index, paste.row)
+        assert self.index.sizes is not None
+        shares = self.store.kept_sizes[paste.row] / self.index.sizes[paste.row]
+        boxes, seen = cut_boxes(paste.boxes(found.boxes[~found.crowd], shares), paste.target)
+        return boxes[seen], found.classes[~found.crowd][seen]
+
+
+class SceneReader:
+    """Micro-batches of a split through the serving path, each sample once, sliced by process without padding.
+
+    Args:
+        keep: Keep the serving path's output (uint8, three bytes a pixel) for the next pass.
+    """
+
+    def __init__(
+        self, index: DatasetIndex, rows: npt.NDArray[np.int64], *, letterbox: Letterbox, batch: int, threads: int,
+        collate: Collate, keep: bool, rank: int = 0, size: int = 1,
+    ) -> None:  # fmt: skip
+        self._index = index
+        self.rows = rows[rank::size]
+        self._letterbox = letterbox
+        self._batch = batch
+        self._threads = threads
+        self._collate = collate
+        self._kept: dict[int, npt.NDArray[np.uint8]] | None = {} if keep else None
+
+    @property
+    def bytes_to_keep(self) -> int:
+        """Of pictures that will be kept and are not yet."""
+        if self._kept is None:
+            return 0
+        return (len(self.rows) - len(self._kept)) * 3 * self._letterbox.width * self._letterbox.height
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        with ThreadPoolExecutor(self._threads) as pool:
+            for start in range(0, len(self.rows), self._batch):
+                rows = self.rows[start : start + self._batch]
+                pixels = np.stack(list(pool.map(self._pixels, rows.tolist())))
+                yield MicroBatch(rows, self._collate(pixels, self._targets(rows)))
+
+    def _pixels(self, row: int) -> npt.NDArray[np.uint8]:
+        if self._kept is not None and row in self._kept:
+            return self._kept[row]
+        pixels, _ = self._letterbox.read(self._index.file(row))
+        if self._kept is not None:
+            self._kept[row] = pixels
+        return pixels
+
+    def _targets(self, rows: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
+        assert self._index.sizes is not None
+        sizes = self._index.sizes[rows]
+        found = [objects_of(self._index, int(row)) for row in rows]
+        places = [self._letterbox.place((int(w), int(h))) for w, h in sizes]
+        learned = [(p.boxes_in(o.boxes[~o.crowd]), o.classes[~o.crowd]) for p, o in zip(places, found, strict=True)]
+        return {
+            "boxes": padded([b for b, _ in learned], 0.0, np.float32, width=(4,)),
+            "classes": padded([c for _, c in learned], -1, np.int64),
+            "true_boxes": padded([o.boxes for o in found], 0.0, np.float64, width=(4,)),
+            "true_classes": padded([o.classes for o in found], -1, np.int64),
+            "crowd": padded([o.crowd for o in found], False, np.bool_),
+            "place": np.array([(p.scale_x, p.scale_y, p.left, p.top) for p in places], np.float64).reshape(-1, 4),
+            "size": sizes.astype(np.float64),
+        }

@@ -1,0 +1,152 @@
+"""FCOS (Tian et al. 2019): torchvision's head over a feature pyramid; one guess per place, no anchors to choose.
+
+Matching, losses and decoding are torchvision's (models/detection/fcos.py), with sums and counts in place of means, so that
+batches in parts add up; tests hold them equal to the library's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from goodfit.models.detection.pyramid import Pyramid
+
+RADIUS = 1.5  # strides around an object's centre within which places answer for it
+FAR = 8.0  # strides: the largest distance to a side that a level answers for; half of it is the smallest, but for the first
+
+Terms = dict[str, tuple[torch.Tensor, torch.Tensor | int]]
+
+
+class FcosNetwork(nn.Module):
+    """Images (N, 3, H, W) to `classes` (N, A, C), logits; `sides` (N, A, 4), distances in strides; `centre` (N, A), logits."""
+
+    pretrained_cfg = {"classifier": ("pyramid.fpn", "pyramid.more", "head")}  # noqa: RUF012  what is new, in timm's words
+
+    def __init__(self, pyramid: Pyramid, *, num_classes: int, channels: int, num_convs: int) -> None:
+        super().__init__()
+        from torchvision.models.detection.fcos import FCOSHead
+
+        self.pyramid = pyramid
+        self.head = FCOSHead(channels, 1, num_classes, num_convs)
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The dense outputs, levels one after another."""
+        made = self.head(self.pyramid(images))
+        return {
+            "classes": made["cls_logits"],
+            "sides": made["bbox_regression"],
+            "centre": made["bbox_ctrness"].squeeze(2),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fcos:
+    """What belongs to an `FcosNetwork` besides its weights.
+
+    Attributes:
+        strides: Of its levels, pixels.
+        radius: See `RADIUS`.
+    """
+
+    strides: tuple[int, ...] = (8, 16, 32, 64, 128)
+    radius: float = RADIUS
+    exact: bool = True  # sums and counts, so that batches in parts add up
+
+    def places(self, shape: tuple[int, int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Where the outputs stand: x and y (A, 2), the stride (A,) and the level (A,) of each.
+
+        A place lies at a corner of its cell, as torchvision has it, and not in the middle.
+        """
+        points, strides, levels = [], [], []
+        height, width = shape
+        for number, stride in enumerate(self.strides):
+            rows, columns = -(-height // stride), -(-width // stride)
+            step_y, step_x = height // rows, width // columns
+            y, x = torch.meshgrid(torch.arange(rows, device=device) * step_y, torch.arange(columns, device=device) * step_x,
+                                  indexing="ij")  # fmt: skip
+            points.append(torch.stack([x.flatten(), y.flatten()], dim=1))
+            strides.append(torch.full((rows * columns,), stride, device=device))
+            levels.append(torch.full((rows * columns,), number, device=device))
+        return torch.cat(points).float(), torch.cat(strides).float(), torch.cat(levels)
+
+    def loss(
+        self, outputs: dict[str, torch.Tensor], boxes: torch.Tensor, classes: torch.Tensor, shape: tuple[int, int]
+    ) -> Terms:
+        """Focal loss over all places; GIoU loss and centredness over those that answer for an object. Each counts by those.
+
+        Args:
+            outputs: Of the network.
+            boxes: Left, top, right, bottom of the objects in the input, pixels, shape (N, G, 4).
+            classes: Shape (N, G), -1 where there is no object.
+            shape: Height and width of the input.
+        """
+        from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+
+        logits, sides, centre = (outputs[k].float() for k in ("classes", "sides", "centre"))
+        points, strides, levels = self.places(shape, logits.device)
+        matched = torch.stack([self._match(points, strides, levels, b, c) for b, c in zip(boxes, classes, strict=True)])
+        image, place = torch.nonzero(matched >= 0, as_tuple=True)
+        chosen = matched[image, place]
+        targets = torch.zeros_like(logits)
+        targets[image, place, classes[image, chosen]] = 1.0
+        focal = sigmoid_focal_loss(logits, targets, reduction="sum")
+        at, size = points[place], strides[place].unsqueeze(1)
+        wanted = torch.cat([at - boxes[image, chosen, :2], boxes[image, chosen, 2:] - at], dim=1) / size
+        predicted = sides[image, place]
+        overlap = generalized_box_iou_loss(_as_boxes(at, size * predicted), boxes[image, chosen], reduction="sum")
+        x, y = wanted[:, [0, 2]], wanted[:, [1, 3]]
+        middle = torch.sqrt((x.amin(1) / x.amax(1)) * (y.amin(1) / y.amax(1)))
+        centred = nn.functional.binary_cross_entropy_with_logits(centre[image, place], middle, reduction="sum")
+        # Where nothing is to be found, the library divides by 1. A batch in parts has one count, so 1 would be one too many in
+        # each part: the step takes 1 for a count of 0 over all parts.
+        count = torch.tensor(len(image), device=logits.device)
+        return {"classes": (focal, count), "boxes": (overlap, count), "centre": (centred, count)}
+
+    def _match(
+        self,
+        points: torch.Tensor,
+        strides: torch.Tensor,
+        levels: torch.Tensor,
+        boxes: torch.Tensor,
+        classes: torch.Tensor,
+    ) -> torch.Tensor:
+        """The object that each place answers for, -1 for none: the smallest of those whose middle is near and whose sides lie
+        at a distance that its level is for. Shape: (A,)."""
+        if boxes.shape[0] == 0:
+            return torch.full_like(levels, -1)
+        middle = (boxes[:, :2] + boxes[:, 2:]) / 2
+        near = (points[:, None] - middle[None]).abs().amax(2) < self.radius * strides[:, None]
+        distances = torch.cat([points[:, None] - boxes[None, :, :2], boxes[None, :, 2:] - points[:, None]], dim=2)
+        furthest = distances.amax(2)
+        low = torch.where(levels > 0, strides * FAR / 2, torch.zeros_like(strides))
+        high = torch.where(levels < len(self.strides) - 1, strides * FAR, torch.full_like(strides, torch.inf))
+        near &= (distances.amin(2) > 0) & (furthest > low[:, None]) & (furthest < high[:, None]) & (classes >= 0)[None]
+        areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        worth = near * (1e8 - areas[None])
+        best, number = worth.max(dim=1)
+        return torch.where(best < 1e-5, -1, number)
+
+    def decode(self, outputs: dict[str, torch.Tensor], shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Boxes in the input (N, A, 4), cut at its edges, and scores (N, A, C): the root of class times centredness."""
+        logits, sides, centre = (outputs[k].float() for k in ("classes", "sides", "centre"))
+        points, strides, _ = self.places(shape, logits.device)
+        boxes = _as_boxes(points, strides.unsqueeze(1) * sides)
+        limits = torch.tensor([shape[1], shape[0], shape[1], shape[0]], device=boxes.device, dtype=boxes.dtype)
+        boxes = torch.minimum(boxes.clamp(min=0.0), limits)
+        return boxes, torch.sqrt(torch.sigmoid(logits) * torch.sigmoid(centre).unsqueeze(2))
+
+
+def _as_boxes(points: torch.Tensor, sides: torch.Tensor) -> torch.Tensor:
+    """Boxes around points from the distances to the left, top, right and bottom."""
+    return torch.cat([points - sides[..., :2], points + sides[..., 2:]], dim=-1)
+
+
+def build_fcos(
+    backbone: str, *, num_classes: int, channels: int, num_convs: int, num_levels: int, **arguments: Any
+) -> FcosNetwork:
+    """A network with random weights."""
+    pyramid = Pyramid(backbone, channels=channels, num_levels=num_levels, **arguments)
+    return FcosNetwork(pyramid, num_classes=num_classes, channels=channels, num_convs=num_convs)

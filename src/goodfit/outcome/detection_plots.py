@@ -1,0 +1,153 @@
+"""The pictures of a detector's run: batches with their boxes, what was found beside what is there, and curves over the confidence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw
+
+from goodfit.data.checks.draw import class_colour, contact_sheet, draw_objects
+from goodfit.data.index import DatasetIndex
+from goodfit.metrics.coco import ImageObjects
+from goodfit.metrics.detection import LEVELS, NEAR
+from goodfit.runtime.detections import box_iou
+from goodfit.runtime.images import decode_image
+from goodfit.runtime.letterbox import Letterbox
+
+MAX_PICTURES = 16  # of a batch
+NUM_SIDE_BY_SIDE = 6
+NUM_WORST = 12
+MOST_SIDE = 480  # pixels of a picture on a sheet
+MARGIN = 1.0  # of an object's longer side, around it
+CUT_SIDE = 200
+MAX_CURVES = 20  # classes with curves of their own
+
+
+def plot_scenes(batch: Mapping[str, Any], class_names: Sequence[str], letterbox: Letterbox, path: Path) -> None:
+    """The input of a model as pictures with their boxes: what it really sees, after augmentation.
+
+    Args:
+        batch: `image`, normalised, float32, (N, 3, H, W); `boxes` (N, G, 4) and `classes` (N, G), -1 where there is none.
+        letterbox: Whose normalisation is undone.
+    """
+    images = batch["image"][:MAX_PICTURES].float().cpu().numpy()
+    mean, std = np.array(letterbox.mean).reshape(3, 1, 1), np.array(letterbox.std).reshape(3, 1, 1)
+    pixels = np.clip(np.rint(255 * (images * std + mean)), 0, 255).astype(np.uint8)
+    boxes, classes = batch["boxes"].cpu().numpy(), batch["classes"].cpu().numpy()
+    made, captions = [], []
+    for number, picture in enumerate(pixels):
+        there = classes[number] >= 0
+        image = Image.fromarray(np.ascontiguousarray(picture.transpose(1, 2, 0)))
+        made.append(draw_objects(image, boxes[number][there], classes[number][there], class_names))
+        captions.append(f"{int(there.sum())} objects")
+    contact_sheet(made, captions, columns=4).save(path)
+
+
+def plot_found(
+    index: DatasetIndex, rows: npt.NDArray[np.int64], images: Sequence[ImageObjects], threshold: float, folder: Path
+) -> None:
+    """found.png: what is there beside what was found, in the pictures with the most mistakes first; missed.png and
+    false_alarms.png: the worst of both, cut out."""
+    judged = [_mistakes(image, threshold) for image in images]
+    order = sorted(range(len(images)), key=lambda n: (-sum(map(len, judged[n])), n))
+    sheet, captions = [], []
+    for number in order[:NUM_SIDE_BY_SIDE]:
+        image, picture = images[number], decode_image(index.file(int(rows[number])))
+        sure = image.scores >= threshold
+        missed, alarms = judged[number]
+        sheet += [draw_objects(picture, image.true_boxes, image.true_classes, index.class_names),
+                  draw_objects(picture, image.boxes[sure], image.classes[sure], index.class_names)]  # fmt: skip
+        captions += [f"there: {len(image.true_boxes)}\n{index.name(int(rows[number]))}",
+                     f"found: {int(sure.sum())}\nmissed {len(missed)}, false alarms {len(alarms)}"]  # fmt: skip
+    if sheet:
+        contact_sheet([_reduced(p) for p in sheet], captions, columns=2).save(folder / "found.png")
+    missed = [(_area(images[n].true_boxes[k]), n, k) for n, (lost, _) in enumerate(judged) for k in lost]
+    alarms = [(float(images[n].scores[k]), n, k) for n, (_, wrong) in enumerate(judged) for k in wrong]
+    for name, chosen, truth in (
+        ("missed", sorted(missed, reverse=True), True),
+        ("false_alarms", sorted(alarms, reverse=True), False),
+    ):
+        cuts, texts = [], []
+        for value, n, k in chosen[:NUM_WORST]:
+            box = images[n].true_boxes[k] if truth else images[n].boxes[k]
+            kind = int(images[n].true_classes[k] if truth else images[n].classes[k])
+            cuts.append(_cut(decode_image(index.file(int(rows[n]))), box, class_colour(kind)))
+            texts.append(
+                f"{index.class_names[kind]}" + ("" if truth else f" {value:.2f}") + f"\n{index.name(int(rows[n]))}"
+            )
+        if cuts:
+            contact_sheet(cuts, texts, columns=4).save(folder / f"{name}.png")
+
+
+def _mistakes(image: ImageObjects, threshold: float) -> tuple[list[int], list[int]]:
+    """Objects that were not found, and detections where no such object is, at an IoU of 0.5."""
+    sure = np.flatnonzero(image.scores >= threshold)
+    sure = sure[np.argsort(-image.scores[sure], kind="stable")]
+    overlaps = box_iou(image.boxes[sure], image.true_boxes)
+    left, alarms = ~image.crowd, []
+    for row, number in enumerate(sure):
+        same = (image.true_classes == image.classes[number]) & (overlaps[row] >= NEAR)
+        free = np.where(same & left, overlaps[row], -1.0)
+        if len(free) and free.max() >= NEAR:
+            left[int(free.argmax())] = False
+        elif not (same & image.crowd).any():
+            alarms.append(int(number))
+    return [int(k) for k in np.flatnonzero(left)], alarms
+
+
+def _area(box: npt.NDArray[np.floating]) -> float:
+    return float((box[2] - box[0]) * (box[3] - box[1]))
+
+
+def _reduced(picture: Image.Image) -> Image.Image:
+    picture = picture.copy()
+    picture.thumbnail((MOST_SIDE, MOST_SIDE))
+    return picture
+
+
+def _cut(picture: Image.Image, box: npt.NDArray[np.floating], colour: tuple[int, int, int]) -> Image.Image:
+    """A box with its surroundings, drawn into it, at one size."""
+    side = max(box[2] - box[0], box[3] - box[1], 1.0) * (1 + 2 * MARGIN)
+    left, top = (box[0] + box[2] - side) / 2, (box[1] + box[3] - side) / 2
+    scale = CUT_SIDE / side
+    made = picture.transform(
+        (CUT_SIDE, CUT_SIDE), Image.Transform.EXTENT, (left, top, left + side, top + side), Image.Resampling.BILINEAR
+    )
+    edges = [float((box[k] - (left, top)[k % 2]) * scale) for k in range(4)]
+    ImageDraw.Draw(made).rectangle(edges, outline=colour, width=2)
+    return made
+
+
+def plot_confidence(curves: Mapping[str, Mapping[str, Sequence[float]]], threshold: float, path: Path) -> None:
+    """Precision against recall, and F1 against the confidence, of each class and of their mean, at an IoU of 0.5."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2)
+    shown = list(curves.items())[:MAX_CURVES]
+    for number, (name, curve) in enumerate(shown):
+        colour = [c / 255 for c in class_colour(number)]
+        axes[0].plot(curve["recall"], curve["precision"], color=colour, linewidth=1.4, label=name)
+        axes[1].plot(LEVELS, curve["f1"], color=colour, linewidth=1.4, label=name)
+    if curves:
+        mean = np.mean([curve["f1"] for curve in curves.values()], axis=0)
+        axes[1].plot(LEVELS, mean, color="black", linewidth=2.2, label="mean")
+    axes[1].axvline(threshold, color="#777777", linestyle="--", linewidth=1)
+    axes[1].annotate(
+        f"threshold {threshold:.2f}", (threshold, 0.02), xytext=(4, 0), textcoords="offset points", fontsize=8
+    )
+    for axis, (title, x, y) in zip(
+        axes, (("precision and recall", "recall", "precision"), ("F1 by confidence", "confidence", "F1")), strict=True
+    ):
+        axis.set(title=title, xlabel=x, ylabel=y, xlim=(0, 1.02), ylim=(0, 1.02))
+        axis.grid(color="#dddddd", linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+        if shown:
+            axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,148 @@
+"""A trained detector as ONNX, from uint8 pictures to boxes and scores, and the proof that it finds the same from file bytes.
+
+What follows the network's dense outputs (threshold, best candidates, suppression of doubles) is numpy in goodfit.runtime, as
+torchvision's own is not taken by the exporter.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from goodfit.core.errors import ExportError
+from goodfit.outcome.export import TOLERANCE
+from goodfit.runtime.detections import box_iou
+from goodfit.runtime.letterbox import Letterbox
+from goodfit.runtime.predictor import Predictor
+
+SURE = 0.05  # score above which an object must be found by both
+SAME_SCORE = 1e-3
+SAME_BOX = 0.98  # IoU
+Decode = Callable[[Any, tuple[int, int]], tuple[torch.Tensor, torch.Tensor]]
+
+
+class Served(nn.Module):
+    """uint8 pictures (N, 3, H, W) in; boxes (N, A, 4) in pixels of the input and scores (N, A, classes) out."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, network: nn.Module, letterbox: Letterbox, decode: Decode) -> None:
+        super().__init__()
+        self.network = network
+        self._decode, self._shape = decode, letterbox.shape
+        self.register_buffer("mean", torch.tensor(letterbox.mean).view(1, 3, 1, 1) * 255)
+        self.register_buffer("std", torch.tensor(letterbox.std).view(1, 3, 1, 1) * 255)
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """All candidates."""
+        return self._decode(self.network((image.to(torch.float32) - self.mean) / self.std), self._shape)
+
+
+def export_detector(network: nn.Module, letterbox: Letterbox, decode: Decode, path: Path) -> Served:
+    """Write `image` → `boxes`, `scores` with a dynamic N, in one file.
+
+    Returns:
+        What the file must reproduce: float32, on the CPU, in evaluation mode.
+
+    Raises:
+        ExportError: the exporter does not support the network.
+    """
+    wrapped = Served(network.cpu().float(), letterbox, decode).eval()
+    example = torch.zeros(2, 3, *letterbox.shape, dtype=torch.uint8)
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    try:
+        log.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                wrapped, (example,), str(path), input_names=["image"], output_names=["boxes", "scores"], dynamo=True,
+                dynamic_shapes={"image": {0: torch.export.Dim("batch", min=1)}}, external_data=False, verbose=False,
+            )  # fmt: skip
+    except Exception as error:  # the exporter raises many kinds
+        raise ExportError(f"The detector cannot be exported to ONNX: {type(error).__name__}: {str(error)[:400]}",
+                          kept="the trained weights, in checkpoints/best",
+                          next="report the model's name; goodfit test RUN still works") from error  # fmt: skip
+    finally:
+        log.setLevel(level)
+    return wrapped
+
+
+def traced_problem(network: nn.Module, letterbox: Letterbox, decode: Decode, pixels: torch.Tensor) -> str:
+    """Why a detector could not be exported, found by tracing a copy as the exporter does; empty if it can be."""
+    wrapped = Served(copy.deepcopy(network).cpu().float(), letterbox, decode).eval()
+    example = torch.zeros(2, 3, *letterbox.shape, dtype=torch.uint8)
+    try:
+        with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+            warnings.simplefilter("ignore")
+            traced = torch.export.export(
+                wrapped, (example,), dynamic_shapes={"image": {0: torch.export.Dim("batch", min=1)}}, strict=False
+            ).module()
+            wanted, made = wrapped(pixels.cpu()), traced(pixels.cpu())
+    except Exception as error:  # the tracer raises many kinds
+        return f"The detector cannot be traced: {type(error).__name__}: {str(error)[:400]}"
+    apart = max(_apart(b.numpy(), a.numpy()) for a, b in zip(wanted, made, strict=True))
+    return "" if apart <= TOLERANCE else f"the traced detector's outputs differ by {apart:.2g}"
+
+
+def _apart(found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> float:
+    """The largest difference, as a share of the largest value, at least of 1."""
+    return float(np.abs(found - wanted).max() / max(1.0, float(np.abs(wanted).max())))
+
+
+def check_detector_parity(
+    predictor: Predictor, reference: Served, files: Sequence[bytes], names: Sequence[str]
+) -> dict[str, Any]:
+    """Compare ONNX Runtime with torch on image files, from their bytes: all candidates, one by one and in one batch; and the
+    objects that come of them, matched as sets.
+
+    Returns:
+        The largest difference of a candidate (scores, and boxes over the input's side), the tolerance, the number of files, and
+        that of objects compared.
+
+    Raises:
+        ExportError: a difference is over the tolerance, or an object is found by one and not by the other.
+    """
+    pixels = np.stack([predictor.pixels(data, where=name) for data, name in zip(files, names, strict=True)])
+    with torch.inference_mode():
+        made = [reference(torch.from_numpy(p[None])) for p in pixels]
+    wanted = [torch.cat(parts).numpy() for parts in zip(*made, strict=True)]
+    largest, num_objects = 0.0, 0
+    one_by_one = [predictor.run(p[None]) for p in pixels]
+    for label, found in (("one by one", [np.concatenate(parts) for parts in zip(*one_by_one, strict=True)]),
+                         ("in one batch", predictor.run(pixels))):  # fmt: skip
+        for number, name in enumerate(names):
+            apart = max(_apart(f[number], w[number]) for f, w in zip(found, wanted, strict=True))
+            largest = max(largest, apart)
+            mine = predictor.objects(found[0][number], found[1][number])
+            theirs = predictor.objects(wanted[0][number], wanted[1][number])
+            num_objects += len(theirs[1])
+            if not apart <= TOLERANCE or not (_covered(mine, theirs) and _covered(theirs, mine)):
+                raise ExportError(
+                    f"The ONNX model does not reproduce the trained one ({label}): outputs differ by {apart:.2g} on {name}, "
+                    f"tolerance {TOLERANCE:.2g}, or other objects are found.",
+                    kept="the trained weights, in checkpoints/best", next="report the model's name and the versions in events.jsonl",
+                )  # fmt: skip
+    return {"max_difference": largest, "tolerance": TOLERANCE, "num_files": len(files), "num_objects": num_objects // 2}
+
+
+def _covered(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    """Whether every sure object of one is among those of the other: same class, nearly the same box and score."""
+    boxes, scores, classes = one[:3]
+    sure = scores > SURE
+    if not sure.any():
+        return True
+    if not len(other[1]):
+        return False
+    same = (box_iou(boxes[sure], other[0]) >= SAME_BOX) & (classes[sure][:, None] == other[2][None])
+    same &= np.abs(scores[sure][:, None] - other[1][None]) <= SAME_SCORE
+    return bool(same.any(axis=1).all())
