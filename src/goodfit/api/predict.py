@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from goodfit.core.errors import DataError
-from goodfit.runtime import Predictor
+import numpy as np
+
+from goodfit.core.errors import DataError, RequestError
+from goodfit.core.safeio import storage_errors, write_text
+from goodfit.runtime import Predictor, decode_image
 
 
-def predict(bundle: str | Path, images: Sequence[str | Path]) -> list[dict[str, Any]]:
-    """Classify images with a bundle.
+def predict(
+    bundle: str | Path, images: Sequence[str | Path], *, threshold: float | None = None, out: str | Path | None = None
+) -> list[dict[str, Any]]:
+    """Classify images, or find objects in them, with a bundle.
 
     Args:
         bundle: The folder `bundle` of a run, or the run's own folder.
         images: Image files, or folders whose files are all taken.
+        threshold: Of a detector: the confidence from which an object is reported, in place of the one chosen on validation.
+        out: A folder for predictions.json; of a detector also drawn pictures (`pictures/`), `coco.json` (a list of results with
+            `image_id` as the place in predictions.json) and YOLO's text files (`labels/`).
 
     Returns:
         As goodfit.runtime.Predictor.predict.
 
     Raises:
         DataError: the folder is not a bundle, or there is nothing to predict.
+        RequestError: `threshold` was given for a classifier, or is no share.
+        StorageError: `out` cannot be written.
     """
     path = Path(bundle)
     if not (path / "bundle.json").is_file() and (path / "bundle" / "bundle.json").is_file():
@@ -36,4 +47,53 @@ def predict(bundle: str | Path, images: Sequence[str | Path]) -> list[dict[str, 
         )
     if not files:
         raise DataError("There are no images to predict.", next="goodfit predict BUNDLE IMAGE... or a folder of images")
-    return Predictor(path).predict(files)
+    predictor = Predictor(path)
+    if threshold is not None and (predictor.task != "detect" or not 0 <= threshold <= 1):
+        raise RequestError(f"threshold={threshold:g} is the confidence of a detector, 0 to 1.", next="leave threshold out")
+    rows = predictor.predict(files, threshold=threshold)
+    if out is not None:
+        write_predictions(rows, predictor.labels, Path(out), detects=predictor.task == "detect")
+    return rows
+
+
+def write_predictions(rows: Sequence[dict[str, Any]], labels: Sequence[str], folder: Path, *, detects: bool) -> None:
+    """Write what `predict(out=)` describes; raises StorageError if the folder cannot be written."""
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "predictions.json", json.dumps(list(rows), ensure_ascii=False, indent=1))
+    if not detects:
+        return
+    from goodfit.data.checks.draw import draw_objects
+
+    numbers = {name: number for number, name in enumerate(labels)}
+    results: list[dict[str, Any]] = []
+    names = _plain_names([str(row["image"]) for row in rows])
+    for number, (row, name) in enumerate(zip(rows, names, strict=True)):
+        if "error" in row:
+            continue
+        found = row["objects"]
+        boxes = np.array([f["box"] for f in found], np.float64).reshape(-1, 4)
+        classes = [numbers[f["label"]] for f in found]
+        results += [{"image_id": number, "category_id": c, "bbox": [round(float(v), 2) for v in (*b[:2], *(b[2:] - b[:2]))],
+                     "score": f["score"]} for b, c, f in zip(boxes, classes, found, strict=True)]  # fmt: skip
+        size = np.array([row["width"], row["height"]], np.float64)
+        shares = np.concatenate([(boxes[:, :2] + boxes[:, 2:]) / 2 / size, (boxes[:, 2:] - boxes[:, :2]) / size], axis=1)
+        lines = [f"{c} {' '.join(f'{v:.6f}' for v in s)} {f['score']:.6f}\n" for c, s, f in zip(classes, shares, found, strict=True)]
+        with storage_errors(folder):
+            for kind in ("labels", "pictures"):
+                (folder / kind).mkdir(exist_ok=True)
+            write_text(folder / "labels" / f"{name}.txt", "".join(lines))
+            drawn = draw_objects(decode_image(Path(row["image"])), boxes, classes, labels)
+            drawn.save(folder / "pictures" / f"{name}.jpg", quality=90)
+    write_text(folder / "coco.json", json.dumps(results))
+
+
+def _plain_names(paths: Sequence[str]) -> list[str]:
+    """A file name for each picture, without its suffix; those that come again are numbered."""
+    seen: dict[str, int] = {}
+    made = []
+    for path in paths:
+        stem = Path(path).stem
+        seen[stem] = seen.get(stem, 0) + 1
+        made.append(stem if seen[stem] == 1 else f"{stem}-{seen[stem]}")
+    return made

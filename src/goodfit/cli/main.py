@@ -80,10 +80,9 @@ def test(places: Words, asked: Asked) -> Answer:
     if run is None:
         raise RequestError("No run was given.", next="goodfit test runs/NAME")
     value = test(run)
-    return Answer(
-        value,
-        [f"test      look {value['metrics']['test']['look']}: {100 * value['metrics']['test']['accuracy']:.1f} %"],
-    )
+    found = value["metrics"]["test"]
+    figure = f"{100 * found['accuracy']:.1f} %" if "accuracy" in found else f"AP50 {found['ap50']:.3f}, AP {found['ap']:.3f}"
+    return Answer(value, [f"test      look {found['look']}: {figure}"])
 
 
 def audit(places: Words, asked: Asked) -> Answer:
@@ -114,27 +113,43 @@ def plan(places: Words, asked: Asked) -> Answer:
 
 
 def predict(places: Words, asked: Asked) -> Answer:
-    """Classify images with a bundle; needs no torch."""
+    """Classify images, or find objects in them, with a bundle; needs no torch."""
     from goodfit.api.predict import predict
 
     table = asked.pop("table", "false").lower() == "true"
+    out, threshold = asked.pop("out", None), _share(asked.pop("threshold", None), "threshold")
     if asked:
-        raise RequestError(
-            f"predict does not take {', '.join(asked)}.", next="goodfit predict BUNDLE IMAGE... table=true"
-        )
+        raise RequestError(f"predict does not take {', '.join(asked)}.",
+                           next="goodfit predict BUNDLE IMAGE... table=true out=FOLDER threshold=0.5")  # fmt: skip
     if not places:
         raise RequestError("No bundle was given.", next="goodfit predict BUNDLE IMAGE...")
-    rows = predict(places[0], places[1:])
+    rows = predict(places[0], places[1:], threshold=threshold, out=out)
     if table:
         width = max(len(row["image"]) for row in rows)
-        lines = [
-            f"{r['image']:<{width}}  {r.get('label') or 'error: ' + r['error']}  {r.get('probability', '')}"
-            for r in rows
-        ]
+        lines = [f"{row['image']:<{width}}  {_told(row)}" for row in rows]
     else:
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     failed = sum("error" in row for row in rows)
     return Answer({"status": "done", "num_images": len(rows), "num_failed": failed, "predictions": rows}, lines)
+
+
+def _told(row: dict[str, Any]) -> str:
+    """A prediction in a few words."""
+    if "error" in row:
+        return f"error: {row['error']}"
+    if "objects" not in row:
+        return f"{row['label']}  {row['probability']}"
+    counts: dict[str, int] = {}
+    for found in row["objects"]:
+        counts[found["label"]] = counts.get(found["label"], 0) + 1
+    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing"
+
+
+def _share(text: str | None, name: str) -> float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError as error:
+        raise RequestError(f"{name}={text} is no number.", next=f"{name}=0.5") from error
 
 
 def models(places: Words, asked: Asked) -> Answer:
@@ -156,7 +171,7 @@ COMMANDS: dict[str, Callable[[Words, Asked], Answer]] = {
 USAGE = {
     "train": "goodfit train FOLDER [key=value ...]", "demo": "goodfit demo [key=value ...]",
     "resume": "goodfit resume RUN [workers=N] [latency=20ms]", "extend": "goodfit extend RUN epochs=N", "test": "goodfit test RUN", "audit": "goodfit audit FOLDER [key=value ...]",
-    "plan": "goodfit plan FOLDER [key=value ...]", "predict": "goodfit predict BUNDLE IMAGE... [table=true]",
+    "plan": "goodfit plan FOLDER [key=value ...]", "predict": "goodfit predict BUNDLE IMAGE... [table=true] [out=FOLDER] [threshold=0.5]",
     "models": "goodfit models [task=classify] [measure=true]",
 }  # fmt: skip
 
@@ -182,7 +197,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if words[0] == "help" or any(w in ("-h", "--help") for w in words[1:]):
             print(_command_help(name))
             return 0
-        places, asked = split_words(words[1:], extra=("run", "table"))
+        places, asked = split_words(words[1:], extra=("run", "table", "out", "threshold"))
         output = take_output_options(asked)
         return _print(COMMANDS[name](places, asked), output["json"])
     except GoodfitError as error:

@@ -35,6 +35,7 @@ from goodfit.planning.tensors import outputs_of
 from goodfit.planning.trials import PlainTransform, check_subset, overfit
 
 WORSE = 0.2  # of its start by which the loss of the subset run may be higher at the end before that is divergence
+OVERFIT_SECONDS = 10.0  # it only has to fall
 
 
 def rehearse_module(
@@ -58,7 +59,7 @@ def rehearse_module(
         stop_if_failed(checks)
         trained = trial_state(model, context, build_optimizer)
         plain = replace(context, transform=PlainTransform(context.transform))
-        losses = overfit(trained, plain, few, 0.0 if start > 0 else -math.inf)
+        losses = overfit(trained, plain, few, 0.0 if start > 0 else -math.inf, seconds=OVERFIT_SECONDS)
         checks.append(_check_falling(losses, len(few.samples)))
         stop_if_failed(checks)
         checks.append(check_round_trip(trained.model, context, lambda: copy.deepcopy(model), few))

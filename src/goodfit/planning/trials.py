@@ -17,6 +17,7 @@ from goodfit.planning.checks import Check
 from goodfit.planning.tensors import changed, is_input, is_picture, tensors_of
 
 MAX_OVERFIT_STEPS = 100
+MIN_OVERFIT_STEPS = 16
 REACHED = 0.1  # of the way from the start to the lowest possible loss that may be left
 FALLING = 0.75  # a loss below this share of the start after all steps still counts as learning
 FALLING_FROZEN = 0.95  # where something is frozen to the end
@@ -51,11 +52,20 @@ class _Blind(PlainTransform):
         return changed(self.evaluate(batch), lambda t: t.mean(0, keepdim=True).expand_as(t) if is_input(t) else t)
 
 
-def overfit(state: TrainState, context: StepContext, few: Micro, lowest: float) -> list[float]:
-    """Train on a few samples alone until nearly all of their loss is gone, or for 100 steps; the losses before each."""
+def overfit(
+    state: TrainState, context: StepContext, few: Micro, lowest: float, *, seconds: float = math.inf
+) -> list[float]:
+    """Train on a few samples alone until nearly all of their loss is gone, or for 100 steps; the losses before each.
+
+    Args:
+        seconds: After which it ends too, with 16 steps at least: enough to see the loss fall.
+    """
     losses: list[float] = []
+    began = time.perf_counter()
     for _ in range(MAX_OVERFIT_STEPS):
         losses.append(_step(state, context, [few], 1.0))
+        if len(losses) >= MIN_OVERFIT_STEPS and time.perf_counter() - began > seconds:
+            break
         if not math.isfinite(losses[-1]) or losses[-1] <= lowest + REACHED * (losses[0] - lowest):
             break
     return losses

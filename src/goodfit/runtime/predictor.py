@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from goodfit.runtime.letterbox import Letterbox
 
 BUNDLE_SCHEMA = 1
 BATCH = 32  # images per call of the model; a bound on memory
+EPSILON = 1e-6  # scores above the limit are taken, those at the threshold too
 Outputs = list[npt.NDArray[np.float32]]
 
 
@@ -75,10 +77,12 @@ class Predictor:
         return self.run(pixels)[0]
 
     def objects(
-        self, boxes: npt.NDArray[np.float32], scores: npt.NDArray[np.float32]
+        self, boxes: npt.NDArray[np.float32], scores: npt.NDArray[np.float32], threshold: float = 0.0
     ) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.floating], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """The objects among one image's candidates, as goodfit.runtime.detections.select_objects has them."""
-        return select_objects(boxes, scores, self.selection)
+        """The objects among one image's candidates, as goodfit.runtime.detections.select_objects has them, from a confidence
+        on. What is less sure removes nothing that is surer, so that the fewer are looked at, the same are found."""
+        limit = max(self.selection.threshold, threshold - EPSILON)
+        return select_objects(boxes, scores, replace(self.selection, threshold=limit))
 
     def predict(self, images: Sequence[str | Path | bytes], *, threshold: float | None = None) -> list[dict[str, Any]]:
         """Predict images, given as paths or as the bytes of files.
@@ -125,7 +129,7 @@ class Predictor:
         self, outputs: tuple[npt.NDArray[np.float32], ...], row: dict[str, Any], threshold: float
     ) -> dict[str, Any]:
         if isinstance(self.preprocessing, Letterbox):
-            boxes, scores, classes, _ = self.objects(*outputs)
+            boxes, scores, classes, _ = self.objects(*outputs, threshold)
             size = (int(row["width"]), int(row["height"]))
             boxes = self.preprocessing.place(size).boxes_out(boxes, size)
             return {"objects": [

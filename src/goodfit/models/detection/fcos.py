@@ -87,6 +87,7 @@ class Fcos:
 
         logits, sides, centre = (outputs[k].float() for k in ("classes", "sides", "centre"))
         points, strides, levels = self.places(shape, logits.device)
+        boxes = boxes.to(logits.dtype)
         matched = torch.stack([self._match(points, strides, levels, b, c) for b, c in zip(boxes, classes, strict=True)])
         image, place = torch.nonzero(matched >= 0, as_tuple=True)
         chosen = matched[image, place]

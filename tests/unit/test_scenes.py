@@ -1,0 +1,135 @@
+"""Pictures with objects: boxes go where pixels go, all is a function of its key, and the way into the input and back agrees."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from goodfit.core.errors import DataError
+from goodfit.data.objects import padded
+from goodfit.data.scenes import SCENE_PRESETS, Paste, ScenePreset, compose, cut_boxes, draw_scene
+from goodfit.runtime.letterbox import FILL, Letterbox
+
+LETTERBOX = Letterbox(width=128, height=96, interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
+
+
+def picture(size=(160, 120), box=(40, 30, 100, 90)):
+    """Black, with a white box."""
+    made = np.zeros((size[1], size[0], 3), np.uint8)
+    made[box[1] : box[3], box[0] : box[2]] = 255
+    return made
+
+
+def white_box(pixels):
+    """Around what is nearly white. pixels: (height, width, 3)."""
+    white = (pixels > 200).all(axis=2)
+    rows, columns = np.flatnonzero(white.any(axis=1)), np.flatnonzero(white.any(axis=0))
+    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], float)
+
+
+@pytest.mark.parametrize("preset", [ScenePreset(), ScenePreset(zoom=0.2)])
+@pytest.mark.parametrize("sample", range(12))
+def test_boxes_go_where_pixels_go(preset, sample):
+    pastes = compose(preset, seed=0, epoch=1, sample=sample, row=0, rows=np.array([0]), sizes=np.array([[160, 120]]),
+                     shape=(96, 128), flip=0.5)  # fmt: skip
+    out = np.empty((96, 128, 3), np.uint8)
+    draw_scene(pastes, [picture()], out)
+    (paste,) = pastes
+    cut, seen = cut_boxes(paste.boxes(np.array([[40.0, 30.0, 100.0, 90.0]]), np.ones(2)), paste.target)
+    assert seen.all()
+    assert np.abs(cut[0] - white_box(out)).max() <= 1.01
+
+
+def test_a_mosaic_holds_four_pictures_and_their_boxes():
+    preset = ScenePreset(mosaic=1.0, zoom=0.1)
+    sizes = np.array([[160, 120]] * 5)
+    seen_rows = set()
+    for sample in range(10):
+        pastes = compose(preset, seed=3, epoch=0, sample=sample, row=4, rows=np.arange(4), sizes=sizes, shape=(96, 128), flip=0.5)
+        assert len(pastes) == 4 and sum(p.row == 4 for p in pastes) == 1
+        seen_rows |= {p.row for p in pastes}
+        for number, paste in enumerate(pastes):
+            out = np.empty((96, 128, 3), np.uint8)
+            draw_scene(pastes, [picture() if k == number else np.zeros((120, 160, 3), np.uint8) for k in range(4)], out)
+            cut, seen = cut_boxes(paste.boxes(np.array([[40.0, 30.0, 100.0, 90.0]]), np.ones(2)), paste.target)
+            if seen.all() and (out > 200).any():
+                assert np.abs(cut[0] - white_box(out)).max() <= 2.0
+    assert len(seen_rows) > 3
+
+
+def test_a_scene_is_a_function_of_its_key():
+    def made(**other):
+        key = {"seed": 0, "epoch": 0, "sample": 5, **other}
+        return compose(replace(SCENE_PRESETS["strong"], mosaic=1.0), row=0, rows=np.arange(3), sizes=np.array([[50, 40]] * 3), shape=(64, 64),
+                       flip=0.5, **key)  # fmt: skip
+
+    assert made() == made()
+    assert made() != made(seed=1) and made() != made(epoch=1) and made() != made(sample=6)
+
+
+def test_kept_pictures_may_be_smaller_than_the_annotated_ones():
+    paste = Paste(0, (0, 0, 80, 60), (0, 0, 128, 96), mirrored=False)
+    assert paste.boxes(np.array([[40.0, 30.0, 100.0, 90.0]]), np.array([0.5, 0.5]))[0].tolist() == [32.0, 24.0, 80.0, 72.0]
+
+
+def test_what_is_hardly_seen_is_no_object():
+    boxes = np.array([[0.0, 0.0, 100.0, 10.0], [90.0, 0.0, 190.0, 10.0], [10.0, 10.0, 11.0, 30.0], [200.0, 0.0, 210.0, 10.0]])
+    cut, seen = cut_boxes(boxes, (0, 0, 100, 100))
+    assert seen.tolist() == [True, False, False, False]
+    assert cut[1].tolist() == [90.0, 0.0, 100.0, 10.0]
+    assert cut_boxes(np.zeros((0, 4)), (0, 0, 10, 10))[1].shape == (0,)
+
+
+def test_closing_leaves_no_mosaic():
+    assert SCENE_PRESETS["strong"].closing().mosaic == 0.0
+
+
+def test_arrays_of_unequal_length_are_filled_up():
+    made = padded([np.ones((2, 4)), np.zeros((0, 4))], -1, np.float32, width=(4,))
+    assert made.shape == (2, 2, 4) and made[1].min() == -1
+    assert padded([], 0.0, np.float32, width=(4,)).shape == (0, 0, 4)
+
+
+@pytest.mark.parametrize("size", [(160, 120), (120, 160), (64, 48), (1000, 10), (7, 900), (128, 96)])
+def test_the_letterbox_keeps_everything_and_knows_the_way_back(size):
+    place = LETTERBOX.place(size)
+    assert place.width <= 128 and place.height <= 96 and (place.width == 128 or place.height == 96)
+    boxes = np.array([[0.0, 0.0, size[0], size[1]], [size[0] / 4, size[1] / 4, size[0] / 2, size[1]]])
+    inside = place.boxes_in(boxes)
+    assert inside.min() >= 0 and inside[:, [0, 2]].max() <= 128 and inside[:, [1, 3]].max() <= 96
+    assert np.abs(place.boxes_out(inside, size) - boxes).max() < 1e-9
+
+
+def test_the_letterbox_reads_upright_pictures_of_any_kind():
+    image = Image.fromarray(picture())
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = io.BytesIO()
+    image.save(turned, "JPEG", exif=exif.tobytes(), quality=95)
+    pixels, size = LETTERBOX.read(turned.getvalue())
+    assert size == (120, 160) and pixels.shape == (3, 96, 128) and pixels.dtype == np.uint8
+    assert (pixels[:, :, 0] == FILL).all()
+    place = LETTERBOX.place(size)
+    found = place.boxes_out(white_box(pixels.transpose(1, 2, 0))[None], size)[0]
+    assert np.abs(found - [30, 40, 90, 100]).max() < 3.0  # turned clockwise by a quarter
+
+
+def test_a_large_photo_may_be_decoded_smaller_without_moving_its_boxes():
+    large = Image.fromarray(picture((1607, 1203), (400, 300, 1000, 900)))
+    data = io.BytesIO()
+    large.save(data, "JPEG", quality=95)
+    pixels, size = LETTERBOX.read(data.getvalue())
+    found = LETTERBOX.place(size).boxes_out(white_box(pixels.transpose(1, 2, 0))[None], size)[0]
+    assert size == (1607, 1203) and np.abs(found - [400, 300, 1000, 900]).max() < 13  # an input pixel
+
+
+def test_the_letterbox_at_other_sizes_and_as_plain_values():
+    assert LETTERBOX.at(256, 32).shape == (192, 256)
+    assert Letterbox.from_dict(LETTERBOX.to_dict()) == LETTERBOX
+    for broken in ({}, {**LETTERBOX.to_dict(), "fit": "crop"}, {**LETTERBOX.to_dict(), "width": 0}, {**LETTERBOX.to_dict(), "std": [0, 1, 1]}):
+        with pytest.raises(DataError):
+            Letterbox.from_dict(broken)
