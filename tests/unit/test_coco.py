@@ -41,7 +41,10 @@ def random_images(seed, *, num=30, classes=4, scale=1.0, crowds=True):
                 moved = np.array(true) + draw.normal(0, 0.08 * (true[2] - true[0]), 4)
                 found.append((np.concatenate([np.minimum(moved[:2], moved[2:] - 1), moved[2:]]), round(float(draw.random()), 2),
                               kind if draw.random() < 0.8 else int(draw.integers(classes))))  # fmt: skip
-        found += [(box(draw, scale), round(float(draw.random()), 2), int(draw.integers(classes))) for _ in range(int(draw.integers(0, 4)))]
+        found += [
+            (box(draw, scale), round(float(draw.random()), 2), int(draw.integers(classes)))
+            for _ in range(int(draw.integers(0, 4)))
+        ]
         made.append(image(found, there, crowd=[k for k in range(len(there)) if crowds and draw.random() < 0.1]))
     return made
 
@@ -90,9 +93,9 @@ AWKWARD = {
     "nothing at all but one label": [image(), image((), [(BOX, 1)])],
     "an empty class": [image([(BOX, 0.9, 2)], [(BOX, 0)])],
     "only a crowd": [image([(BOX, 0.9, 0)], [(BOX, 0)], crowd=[0]), image([(BOX, 0.8, 1)], [(BOX, 1)])],
-    "in a crowd": [image([(BOX, 0.9, 0), (BOX + 1, 0.8, 0), (BOX + 200, 0.7, 0)], [(BOX - [10, 10, -90, -90], 0), (BOX, 0)], crowd=[0])],
+    "in a crowd": [image([(BOX, 0.9, 0), (BOX + 1, 0.8, 0), (BOX + 200, 0.7, 0)], [(BOX - np.array([10, 10, -90, -90]), 0), (BOX, 0)], crowd=[0])],
     "doubles": [image([(BOX, 0.9, 0), (BOX, 0.9, 0), (BOX, 0.3, 0)], [(BOX, 0), (BOX + 5, 0)])],
-    "equal overlaps": [image([(BOX, 0.9, 0)], [(BOX + [5, 0, 5, 0], 0), (BOX - [5, 0, 5, 0], 0)])],
+    "equal overlaps": [image([(BOX, 0.9, 0)], [(BOX + np.array([5, 0, 5, 0]), 0), (BOX - np.array([5, 0, 5, 0]), 0)])],
     "more than a hundred": [image([(BOX + k, 1 - k / 500, 0) for k in range(150)], [(BOX + 140, 0), (BOX, 0)])],
 }  # fmt: skip
 

@@ -49,7 +49,9 @@ def test_a_mosaic_holds_four_pictures_and_their_boxes():
     sizes = np.array([[160, 120]] * 5)
     seen_rows = set()
     for sample in range(10):
-        pastes = compose(preset, seed=3, epoch=0, sample=sample, row=4, rows=np.arange(4), sizes=sizes, shape=(96, 128), flip=0.5)
+        pastes = compose(
+            preset, seed=3, epoch=0, sample=sample, row=4, rows=np.arange(4), sizes=sizes, shape=(96, 128), flip=0.5
+        )
         assert len(pastes) == 4 and sum(p.row == 4 for p in pastes) == 1
         seen_rows |= {p.row for p in pastes}
         for number, paste in enumerate(pastes):
@@ -73,11 +75,18 @@ def test_a_scene_is_a_function_of_its_key():
 
 def test_kept_pictures_may_be_smaller_than_the_annotated_ones():
     paste = Paste(0, (0, 0, 80, 60), (0, 0, 128, 96), mirrored=False)
-    assert paste.boxes(np.array([[40.0, 30.0, 100.0, 90.0]]), np.array([0.5, 0.5]))[0].tolist() == [32.0, 24.0, 80.0, 72.0]
+    assert paste.boxes(np.array([[40.0, 30.0, 100.0, 90.0]]), np.array([0.5, 0.5]))[0].tolist() == [
+        32.0,
+        24.0,
+        80.0,
+        72.0,
+    ]
 
 
 def test_what_is_hardly_seen_is_no_object():
-    boxes = np.array([[0.0, 0.0, 100.0, 10.0], [90.0, 0.0, 190.0, 10.0], [10.0, 10.0, 11.0, 30.0], [200.0, 0.0, 210.0, 10.0]])
+    boxes = np.array(
+        [[0.0, 0.0, 100.0, 10.0], [90.0, 0.0, 190.0, 10.0], [10.0, 10.0, 11.0, 30.0], [200.0, 0.0, 210.0, 10.0]]
+    )
     cut, seen = cut_boxes(boxes, (0, 0, 100, 100))
     assert seen.tolist() == [True, False, False, False]
     assert cut[1].tolist() == [90.0, 0.0, 100.0, 10.0]
@@ -130,6 +139,11 @@ def test_a_large_photo_may_be_decoded_smaller_without_moving_its_boxes():
 def test_the_letterbox_at_other_sizes_and_as_plain_values():
     assert LETTERBOX.at(256, 32).shape == (192, 256)
     assert Letterbox.from_dict(LETTERBOX.to_dict()) == LETTERBOX
-    for broken in ({}, {**LETTERBOX.to_dict(), "fit": "crop"}, {**LETTERBOX.to_dict(), "width": 0}, {**LETTERBOX.to_dict(), "std": [0, 1, 1]}):
+    for broken in (
+        {},
+        {**LETTERBOX.to_dict(), "fit": "crop"},
+        {**LETTERBOX.to_dict(), "width": 0},
+        {**LETTERBOX.to_dict(), "std": [0, 1, 1]},
+    ):
         with pytest.raises(DataError):
             Letterbox.from_dict(broken)

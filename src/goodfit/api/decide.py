@@ -12,6 +12,7 @@ from goodfit.api.prepare import Audited, data_facts, stage
 from goodfit.api.probe import measure, wants_measuring
 from goodfit.api.transfer import check_freezing, count_known
 from goodfit.config.catalogue import pictures_of
+from goodfit.config.detect import TASKS
 from goodfit.config.execution import unwise
 from goodfit.config.facts import Facts
 from goodfit.config.measured import Measured
@@ -36,7 +37,7 @@ def decide(
         WeightsError: weights that were asked for cannot be had.
     """
     index = audited.index
-    if index.task == "detect":
+    if index.task in TASKS:
         return decide_detector(request, audited, journal, base)
     if index.task != "classify":
         raise RequestError(

@@ -35,13 +35,21 @@ def decide_detector(request: TrainRequest, audited: Audited, journal: Journal, b
         name, pretrained = resolve_detector(request, data, machine, base)
         family, backbone = split_model(name.value)
         found = look_up(backbone, pretrained.value, asked=pretrained.source == "asked")
+        if found.weights_problem:  # the rule may take another backbone where there are no weights
+            name, _ = resolve_detector(request, data, machine, base, weights=False)
+            found = replace(
+                look_up(split_model(name.value)[1], "false", asked=False), weights_problem=found.weights_problem
+            )
         model = replace(found, name=f"{family}/{found.name}", stride=STEP, size_step=STEP)
         facts = Facts(data=data, machine=machine, model=model)
         decided = {
             **data_decisions(request, data, base),
             **_weights(facts, replace(name, value=model.name), pretrained),
         }
-        decided["task"] = Decision("detect", "the data has boxes", decided["task"].source)
+        task = audited.index.task
+        decided["task"] = Decision(
+            task, "the data has masks" if task == "segment" else "the data has boxes", decided["task"].source
+        )
         plan = resolve_detect(request, facts, decided, base)
         if base is None and request.measure is not False and not plan.deterministic.value:
             facts = _measured(request, facts, plan, audited)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 
 from goodfit.api.detect_decide import shown_decisions
@@ -30,18 +28,20 @@ from goodfit.metrics.detection import (
     confidence_curve,
     confusion_matrix,
 )
-from goodfit.outcome.bundle import DETECT_SCRIPT, Exporter, library_versions, write_bundle
+from goodfit.outcome.bundle import DETECT_SCRIPT, TORCH_SCRIPT, Exporter, library_versions, write_bundle
 from goodfit.outcome.detection_plots import plot_confidence, plot_found, plot_scenes
 from goodfit.outcome.detector_export import check_detector_parity, export_detector
 from goodfit.outcome.ledger import count_look
 from goodfit.outcome.lr_plot import plot_schedule
 from goodfit.outcome.plots import plot_confusion, plot_results
 from goodfit.outcome.report import write_report
+from goodfit.outcome.torch_predictor import TorchPredictor, check_torch_bundle, no_export
 from goodfit.planning.projection import describe_outcome
 
 _PARITY = stream("parity")
 TRAIN_SAMPLES = 100  # training pictures that the finished model is measured on, at most
 SHOWN = ("ap", "ap50", "ap75")
+MASKS = ("mask_ap", "mask_ap50", "mask_ap75")
 
 
 def picture_stage(run: Run, parts: DetectParts, journal: Journal) -> None:
@@ -119,9 +119,17 @@ def final_test(run: Run, parts: DetectParts, journal: Journal) -> dict[str, Any]
         plots = run.path / "plots"
         plots.mkdir(exist_ok=True)
         plot_found(parts.index, rows, meter.images, result["threshold"], plots)
-        journal.emit("test", **{k: result[k] for k in ("n", "look", *SHOWN, "low", "high", "ap50_low", "ap50_high")})
+        journal.emit(
+            "test",
+            **{
+                k: result[k]
+                for k in ("n", "look", *SHOWN, *MASKS, "low", "high", "ap50_low", "ap50_high")
+                if k in result
+            },
+        )
+        by_masks = f" · masks AP50 {result['mask_ap50']:.3f}, AP {result['mask_ap']:.3f}" if "mask_ap" in result else ""
         note.text = (f"AP50 {result['ap50']:.3f} ({result['ap50_low']:.3f}–{result['ap50_high']:.3f}) · AP {result['ap']:.3f} "
-                     f"({result['low']:.3f}–{result['high']:.3f}) · n = {result['n']} images, {result['num_objects']} objects · "
+                     f"({result['low']:.3f}–{result['high']:.3f}){by_masks} · n = {result['n']} images, {result['num_objects']} objects · "
                      f"look {look} on this test set")  # fmt: skip
     return result
 
@@ -167,21 +175,27 @@ def bundle_stage(run: Run, parts: DetectParts, journal: Journal, test: dict[str,
         card = {
             **parts.task.describe(), "threshold": found["threshold"], "model": plan.model.value,
             "licence": plan.weights.reason.removeprefix("licence: ") if plan.weights.value else "none: trained from scratch",
-            "weights": plan.weights.value, "data_sha256": data_hash(index),
+            **({} if parts.task.family.exports else {"needs": "torch"}), "weights": plan.weights.value, "data_sha256": data_hash(index),
             "metrics": {"train": found["train"], "val": best["metrics"] if best else {}, "test": shown},
         }  # fmt: skip
-        export = functools.partial(_export, decode=parts.task.detector.decode)
-        made = write_bundle(run.bundle, parts.state.model, preprocessing=parts.preprocessing, card=card, plan=plan.to_dict(),
-                            images=[index.file(int(val[i])) for i in order], served=served_files(parts),
-                            exporter=Exporter(export, check_detector_parity, DETECT_SCRIPT))  # fmt: skip
+        made = write_bundle(
+            run.bundle, parts.state.model, preprocessing=parts.preprocessing, card=card, plan=plan.to_dict(),
+            images=[index.file(int(val[i])) for i in order], served=served_files(parts), exporter=_exporter(parts),
+        )  # fmt: skip
         parity = made["parity"]
         note.text = (f"{run.bundle}  parity {parity['max_difference']:.0e} on {parity['num_files']} files, {parity['num_objects']} objects "
                      f"alike · {describe_latency(made['latency'])}")  # fmt: skip
     return made
 
 
-def _export(network: torch.nn.Module, letterbox: Any, path: Any, *, decode: Any) -> Any:
-    return export_detector(network, letterbox, decode, path)
+def _exporter(parts: DetectParts) -> Exporter:
+    """ONNX where the family becomes that; else the bundle is served by torch."""
+    family = parts.task.family
+    if not family.exports:
+        return Exporter(no_export, check_torch_bundle, TORCH_SCRIPT, TorchPredictor)
+    return Exporter(
+        lambda network, box, path: export_detector(network, box, family, path), check_detector_parity, DETECT_SCRIPT
+    )
 
 
 def report_stage(run: Run, parts: DetectParts, journal: Journal, test: dict[str, Any], bundle: dict[str, Any]) -> None:
@@ -226,12 +240,12 @@ def write_result(run: Run, parts: DetectParts, checkpoints: Checkpoints, test: d
     """Write result.json, what `json=true` prints."""
     progress, last, events = parts.state.progress, checkpoints.latest(), run.events
     assert last is not None
-    figures = ("n", "num_objects", "low", "high", "look", *SHOWN, "ap50_low", "ap50_high", "loss", "threshold")
+    figures = ("n", "num_objects", "low", "high", "look", *SHOWN, *MASKS, "ap50_low", "ap50_high", "loss", "threshold")
     result = {
         "status": "done", "task": parts.plan.task.value, "run": str(run.path), "bundle": str(run.bundle),
         "epochs": sum(e["event"] == "epoch" for e in events), "steps": progress.step,
         "metrics": {"train": threshold_of(run)["train"], "val": progress.best["metrics"] if progress.best else {},
-                    "test": {k: test[k] for k in figures}},
+                    "test": {k: test[k] for k in figures if k in test}},
         "baselines": {}, "weights_sha256": tensors_sha256({"": load_file(str(run.bundle / "model.safetensors"))}),
         "state_sha256": tensors_sha256(last.files), "rate": rate(run), "seconds": stage_seconds(events),
         "utilisation": judge_time(run, parts).to_dict(), "projection": compare_projection(run),

@@ -13,6 +13,7 @@ from goodfit.config.sizes import InputSizes
 from goodfit.data.batch_transform import ImageBatchTransform
 from goodfit.data.index import DatasetIndex
 from goodfit.data.loader import MicroBatch, TrainLoader
+from goodfit.data.objects import MaskBook
 from goodfit.data.scene_loader import SceneReader, SceneSamples
 from goodfit.data.scenes import SCENE_PRESETS
 from goodfit.data.split import subset
@@ -22,7 +23,7 @@ from goodfit.engine.freezing import plan_freezing
 from goodfit.engine.optimizer import build_optimizer
 from goodfit.engine.ranks import Ranks
 from goodfit.engine.step import StepContext
-from goodfit.models.detection.build import build_detector, detector_of
+from goodfit.models.detection.build import build_detector, family_of
 from goodfit.models.groups import parameter_groups
 from goodfit.runtime.letterbox import Letterbox
 from goodfit.tasks.detect import DetectTask
@@ -64,10 +65,12 @@ def _reader(
     *,
     keep: bool,
     ranks: Ranks | None = None,
+    masks: MaskBook | None = None,
 ) -> SceneReader:
     ranks = ranks or Ranks()
-    return SceneReader(index, rows, letterbox=Letterbox.from_dict(plan.preprocessing.value), batch=max(1, min(EVAL_BATCH, 2 * plan.batch.value)),
-                       threads=plan.threads.value, collate=task.collate, keep=keep, rank=ranks.rank, size=ranks.size)  # fmt: skip
+    masks = masks or (MaskBook(index) if task.family.has_masks else None)
+    return SceneReader(index, rows, letterbox=Letterbox.from_dict(plan.preprocessing.value), batch=max(NUM_FEW, min(EVAL_BATCH, 2 * plan.batch.value)),
+                       threads=plan.threads.value, collate=task.collate, keep=keep, rank=ranks.rank, size=ranks.size, masks=masks)  # fmt: skip
 
 
 def assemble_detector(plan: Plan, index: DatasetIndex, *, workers: int | None = None) -> DetectParts:
@@ -81,20 +84,21 @@ def assemble_detector(plan: Plan, index: DatasetIndex, *, workers: int | None = 
     """
     rows = subset(index, plan.fraction.value, plan.split_seed.value)
     ranks, letterbox = Ranks(), Letterbox.from_dict(plan.preprocessing.value)
-    task = DetectTask(index.class_names, detector_of(plan))
+    task = DetectTask(index.class_names, family_of(plan))
+    masks = MaskBook(index) if task.family.has_masks else None
     sizes = InputSizes.of(plan)
     short = round(sizes.kept_for(plan.scale.value) * min(letterbox.shape) / max(letterbox.shape))
     store = PictureStore(index, rows, imgsz=short, cache=plan.cache.value)
     preset = SCENE_PRESETS[plan.augment.value]
     preset = replace(preset, zoom=plan.scale.value or preset.zoom, mosaic=plan.mosaic.value)
     samples = SceneSamples(index=index, store=store, rows=rows, preset=preset, letterbox=letterbox, flip=plan.flip.value,
-                           seed=plan.seed.value, collate=task.collate, sizes=sizes)  # fmt: skip
+                           seed=plan.seed.value, collate=task.collate, sizes=sizes, masks=masks)  # fmt: skip
     train = TrainLoader(samples, rows, batch=plan.batch.value, workers=plan.workers.value if workers is None else workers,
                         threads=1 if plan.device.value == "cpu" else plan.threads.value, prefetch=plan.prefetch.value, rank=ranks.rank,
                         size=ranks.size)  # fmt: skip
     val_rows = index.rows("val")
     kept = len(val_rows) * 3 * letterbox.width * letterbox.height <= KEEP_BYTES
-    val = _reader(plan, index, val_rows, task, keep=kept, ranks=ranks)
+    val = _reader(plan, index, val_rows, task, keep=kept, ranks=ranks, masks=masks)
     device = DevicePolicy(
         kind=plan.device.value, precision=plan.precision.value, channels_last=plan.channels_last.value
     )

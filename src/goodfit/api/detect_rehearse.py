@@ -53,7 +53,9 @@ def _rehearse(parts: DetectParts) -> Rehearsal:
     context = replace(parts.context, task=parts.task.dense())
     made = rehearse_module(parts.state.model, context, schedule=parts.state.progress.schedule, build_optimizer=parts.optimizer_for,
                            few=few, batches=batches)  # fmt: skip
-    problem = traced_problem(parts.state.model, parts.preprocessing, parts.task.detector.decode, few.data["image"])
+    if not parts.task.family.exports:
+        return made
+    problem = traced_problem(parts.state.model, parts.preprocessing, parts.task.family, few.data["image"])
     check = Check("export", not problem, problem or "the detector can be traced, and its trace computes the same",
                   "the network decides in Python by the values or the number of its inputs, or uses what cannot be exported")  # fmt: skip
     if problem:

@@ -78,9 +78,9 @@ class Run:
         if self.plan.task.value == "module":
             raise RequestError("This run trained a module of your own, which has no bundle.", where=str(self.path),
                                next="call the module: goodfit.fit loaded the best weights into it")  # fmt: skip
-        from goodfit.runtime import Predictor
+        from goodfit.api.predict import open_predictor
 
-        return Predictor(self.bundle).predict(images)
+        return open_predictor(self.bundle).predict(images)
 
 
 def open_run(path: str | Path) -> Run:

@@ -48,6 +48,7 @@ KINDS = {
     "detect": Kind(assemble_detector, detect_finish.picture_stage, rehearse_detector, detect_finish.threshold_stage,
                    detect_finish.final_test, detect_finish.bundle_stage, detect_finish.report_stage, detect_finish.write_result),
 }  # fmt: skip
+KINDS["segment"] = KINDS["detect"]  # a mask is one more output
 
 
 def kind_of(plan: Plan) -> Kind:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from goodfit.core.errors import DataError, RequestError
-from goodfit.core.safeio import storage_errors, write_text
+from goodfit.core.safeio import read_json, storage_errors, write_text
 from goodfit.runtime import Predictor, decode_image
 
 
@@ -47,13 +47,25 @@ def predict(
         )
     if not files:
         raise DataError("There are no images to predict.", next="goodfit predict BUNDLE IMAGE... or a folder of images")
-    predictor = Predictor(path)
-    if threshold is not None and (predictor.task != "detect" or not 0 <= threshold <= 1):
-        raise RequestError(f"threshold={threshold:g} is the confidence of a detector, 0 to 1.", next="leave threshold out")
+    predictor = open_predictor(path)
+    if threshold is not None and (predictor.task == "classify" or not 0 <= threshold <= 1):
+        raise RequestError(
+            f"threshold={threshold:g} is the confidence of a detector, 0 to 1.", next="leave threshold out"
+        )
     rows = predictor.predict(files, threshold=threshold)
     if out is not None:
-        write_predictions(rows, predictor.labels, Path(out), detects=predictor.task == "detect")
+        write_predictions(rows, predictor.labels, Path(out), detects=predictor.task != "classify")
     return rows
+
+
+def open_predictor(path: Path) -> Predictor:
+    """A bundle's predictor; torch is imported only for one that cannot do without."""
+    card = path / "bundle.json"
+    if card.is_file() and read_json(card).get("needs") == "torch":
+        from goodfit.outcome.torch_predictor import TorchPredictor
+
+        return TorchPredictor(path)
+    return Predictor(path)
 
 
 def write_predictions(rows: Sequence[dict[str, Any]], labels: Sequence[str], folder: Path, *, detects: bool) -> None:
@@ -77,8 +89,13 @@ def write_predictions(rows: Sequence[dict[str, Any]], labels: Sequence[str], fol
         results += [{"image_id": number, "category_id": c, "bbox": [round(float(v), 2) for v in (*b[:2], *(b[2:] - b[:2]))],
                      "score": f["score"]} for b, c, f in zip(boxes, classes, found, strict=True)]  # fmt: skip
         size = np.array([row["width"], row["height"]], np.float64)
-        shares = np.concatenate([(boxes[:, :2] + boxes[:, 2:]) / 2 / size, (boxes[:, 2:] - boxes[:, :2]) / size], axis=1)
-        lines = [f"{c} {' '.join(f'{v:.6f}' for v in s)} {f['score']:.6f}\n" for c, s, f in zip(classes, shares, found, strict=True)]
+        shares = np.concatenate(
+            [(boxes[:, :2] + boxes[:, 2:]) / 2 / size, (boxes[:, 2:] - boxes[:, :2]) / size], axis=1
+        )
+        lines = [
+            f"{c} {' '.join(f'{v:.6f}' for v in s)} {f['score']:.6f}\n"
+            for c, s, f in zip(classes, shares, found, strict=True)
+        ]
         with storage_errors(folder):
             for kind in ("labels", "pictures"):
                 (folder / kind).mkdir(exist_ok=True)

@@ -38,11 +38,14 @@ def train(places: Words, asked: Asked) -> Answer:
 
 
 def demo(places: Words, asked: Asked) -> Answer:
-    """Train on 1,797 real handwritten digits, in under a minute."""
-    from goodfit.api.demo import demo
+    """Train on real handwritten digits: classes in under a minute, boxes (demo detect) or masks (demo segment) in two."""
+    from goodfit.api.demo import EPOCHS, demo
 
-    _none(places)
-    return _finished(demo(**asked))
+    if len(places) > 1 or (places and places[0] not in EPOCHS):
+        raise RequestError(
+            f"The demo takes no folder: {places[0]}.", next=f"goodfit train {places[0]}, or goodfit demo detect"
+        )
+    return _finished(demo(*places, **asked))
 
 
 def resume(places: Words, asked: Asked) -> Answer:
@@ -81,7 +84,9 @@ def test(places: Words, asked: Asked) -> Answer:
         raise RequestError("No run was given.", next="goodfit test runs/NAME")
     value = test(run)
     found = value["metrics"]["test"]
-    figure = f"{100 * found['accuracy']:.1f} %" if "accuracy" in found else f"AP50 {found['ap50']:.3f}, AP {found['ap']:.3f}"
+    figure = (
+        f"{100 * found['accuracy']:.1f} %" if "accuracy" in found else f"AP50 {found['ap50']:.3f}, AP {found['ap']:.3f}"
+    )
     return Answer(value, [f"test      look {found['look']}: {figure}"])
 
 
@@ -169,7 +174,7 @@ COMMANDS: dict[str, Callable[[Words, Asked], Answer]] = {
     "models": models,
 }  # fmt: skip
 USAGE = {
-    "train": "goodfit train FOLDER [key=value ...]", "demo": "goodfit demo [key=value ...]",
+    "train": "goodfit train FOLDER [key=value ...]", "demo": "goodfit demo [detect|segment] [key=value ...]",
     "resume": "goodfit resume RUN [workers=N] [latency=20ms]", "extend": "goodfit extend RUN epochs=N", "test": "goodfit test RUN", "audit": "goodfit audit FOLDER [key=value ...]",
     "plan": "goodfit plan FOLDER [key=value ...]", "predict": "goodfit predict BUNDLE IMAGE... [table=true] [out=FOLDER] [threshold=0.5]",
     "models": "goodfit models [task=classify] [measure=true]",
@@ -273,11 +278,6 @@ def _one(places: Words, asked: Asked, name: str) -> str | None:
     if places and named is not None:
         raise RequestError(f"{name} is given twice: {places[0]} and {named}.")
     return places[0] if places else named
-
-
-def _none(places: Words) -> None:
-    if places:
-        raise RequestError(f"The demo takes no folder: {places[0]}.", next=f"goodfit train {places[0]}")
 
 
 def _short(value: Any) -> str:

@@ -18,11 +18,15 @@ from goodfit.config.request import TrainRequest
 from goodfit.config.sizes import InputSizes, choose_sizes
 from goodfit.core.errors import RequestError
 
-FAMILIES = ("fcos",)
+FAMILIES = ("fcos", "retinanet", "fasterrcnn", "maskrcnn")
+MASK_FAMILIES = ("maskrcnn",)
 STEP = 32  # pixels: both sides of the input are multiples of it
-FIGURES = ("ap", "ap50", "ap75", "loss")  # that validation gives
+FIGURES = ("ap", "ap50", "ap75", "loss")  # that validation gives ...
+MASK_FIGURES = ("mask_ap", "mask_ap50", "mask_ap75")  # ... and of masks
+TASKS = ("detect", "segment")
 OBJECT_SIDE = 14.0  # pixels of the input that the smaller objects should have: two places of the finest map
 BATCH = {"cpu": 8, "cuda": 16}
+MASK_BATCH = 4  # on a processor: dense masks of every object take memory
 CLOSE = 0.1
 _ONE_CLASS = "this is for images with one class each"
 _NOT_YET = "this is not done for detectors yet"
@@ -34,6 +38,8 @@ NEUTRAL: dict[str, Any] = {  # decisions that mean nothing here
     "label_smoothing": 0.0, "dropout": 0.0, "drop_path": 0.0, "balance": "off", "policy": "off", "erase": 0.0, "mixup": 0.0,
     "cutmix": 0.0, "latency": 0.0, "latency_threads": 1,
 }  # fmt: skip
+SCRATCH = ("resnet10t", "small pictures, which share little with the photos that weights were trained on")
+SMALL_SIDE = 160  # pixels
 BACKBONES = {
     "cpu": ("mobilenetv2_100", "few multiply-adds and good maps: a processor"),
     "cuda": ("resnet50", "this GPU has room for it"),
@@ -58,28 +64,41 @@ def split_model(name: str | None) -> tuple[str, str]:
 
 
 def resolve_detector(
-    request: TrainRequest, data: DataFacts, machine: MachineFacts, base: Plan | None = None
+    request: TrainRequest, data: DataFacts, machine: MachineFacts, base: Plan | None = None, *, weights: bool = True
 ) -> tuple[Decision[str], Decision[str]]:
     """The model, as family/backbone, and where its pretrained weights come from.
 
     The backbone is "" where it is to be found by the tensors of a weight file.
+
+    Args:
+        weights: Whether pretrained weights can be had, as far as is known.
+
+    Raises:
+        RequestError: there is no such family, or it does not fit the task.
     """
     choose = Chooser(request, base)
+    masks, small = data.task == "segment", data.median_side <= SMALL_SIDE
     family, backbone = split_model(request.model if base is None or request.model else base.model.value)
     if base is not None and request.pretrained is None:
         same = {"file": base.weights.value, "hub": "true"}.get(base.pretrained.value, "false")
         pretrained = Decision(same, base.pretrained.reason, base.pretrained.source)
     else:
-        pretrained = choose(
-            "pretrained", "true", f"{data.num_train:,} pictures: a backbone that has seen photos learns far faster"
-        )
+        pretrained = choose("pretrained", "false" if small else "true", f"pictures of {data.median_side} px share little with photos" if small else
+                            f"{data.num_train:,} pictures: a backbone that has seen photos learns far faster")  # fmt: skip
     file = pretrained.value not in ("true", "false")
     usual, why = BACKBONES["cuda" if machine.device == "cuda" else "cpu"]
-    reason = f"fcos, one stage without anchors to choose; {why}" if not backbone else "asked for"
+    if small or not weights:
+        usual, why = SCRATCH[0], SCRATCH[1] if small else "no pretrained weights: the smallest that learns from scratch"
+    family = family or ("maskrcnn" if masks else FAMILIES[0])
+    if masks != (family in MASK_FAMILIES):
+        raise RequestError(f"model={family}: this family gives {'no masks' if masks else 'masks'}, and the data {'has some' if masks else 'has none'}.",
+                           where="model=", next=f"use model={MASK_FAMILIES[0] if masks else FAMILIES[0]}, or task=detect to learn the boxes alone")  # fmt: skip
+    kind = "two stages, of which the second gives masks" if masks else "one stage without anchors to choose"
+    reason = f"{family}, {kind}; {why}" if not backbone else "asked for"
     if not backbone and not (file and pretrained.source == "asked"):
         backbone = usual
     source = "asked" if request.model is not None else "rule" if base is None else base.model.source
-    return Decision(f"{family or FAMILIES[0]}/{backbone}", reason, source), pretrained
+    return Decision(f"{family}/{backbone}", reason, source), pretrained
 
 
 def resolve_detect(
@@ -100,9 +119,11 @@ def resolve_detect(
     if refused:
         raise RequestError("Detection does not take this:\n" + "\n".join(f"  {line}" for line in refused), kept="nothing was started",
                            next="leave it out")  # fmt: skip
-    if base is not None and base.task.value != "detect":
+    task = decided["task"].value
+    if base is not None and base.task.value != task:
         raise RequestError(
-            f"plan={request.plan}: this is a plan for the task {base.task.value}.", next="give the plan of a detector"
+            f"plan={request.plan}: this is a plan for the task {base.task.value}.",
+            next=f"give the plan of a run of the task {task}",
         )
     choose = Chooser(request, base)
     imgsz = _image_size(choose, facts.data, facts.machine)
@@ -113,13 +134,19 @@ def resolve_detect(
     inputs = InputSizes(imgsz=imgsz.value, epochs=epochs, step=STEP, multi_scale=sizes["multi_scale"].value,
                         progressive=sizes["progressive"].value)  # fmt: skip
     augmentation = _augmentation(choose, facts.data)
-    monitor = choose("monitor", "ap", "average precision over IoU 0.5 to 0.95; ties are broken by the loss")
-    check_monitor(monitor.value, FIGURES)
+    masks = task == "segment"
+    what = "mask_ap" if masks else "ap"
+    monitor = choose(
+        "monitor",
+        what,
+        f"average precision{' of the masks' if masks else ''} over IoU 0.5 to 0.95; ties are broken by the loss",
+    )
+    check_monitor(monitor.value, (*FIGURES, *(MASK_FIGURES if masks else ())))
     return Plan(
         **decided,
         imgsz=imgsz,
         preprocessing=_letterbox(imgsz.value, facts),
-        detector=_architecture(choose, facts.machine),
+        detector=_architecture(choose, facts.machine, masks=masks),
         batch=batch,
         accumulate=accumulate,
         **recipe,
@@ -168,9 +195,11 @@ def _letterbox(imgsz: int, facts: Facts) -> Decision[dict[str, Any]]:
     )
 
 
-def _architecture(choose: Chooser, machine: MachineFacts) -> Decision[dict[str, Any]]:
+def _architecture(choose: Chooser, machine: MachineFacts, *, masks: bool) -> Decision[dict[str, Any]]:
     large = machine.device == "cuda"
     value = {"channels": 256, "convs": 4, "levels": 5} if large else {"channels": 128, "convs": 2, "levels": 4}
+    if masks and not large:
+        value["channels"] = 64
     reason = (
         "as published"
         if large
@@ -180,7 +209,11 @@ def _architecture(choose: Chooser, machine: MachineFacts) -> Decision[dict[str, 
 
 
 def _batch(choose: Chooser, facts: Facts) -> tuple[Decision[int], Decision[int]]:
-    usual = min(BATCH["cuda" if facts.machine.device == "cuda" else "cpu"], facts.data.num_train)
+    large = facts.machine.device == "cuda"
+    usual = min(
+        MASK_BATCH if facts.data.task == "segment" and not large else BATCH["cuda" if large else "cpu"],
+        facts.data.num_train,
+    )
     batch = choose("batch", usual, "the usual size for detectors, whose pictures hold many samples each")
     accumulate = choose("accumulate", 1, "the batch fits at once")
     if accumulate.value > batch.value or batch.value > facts.data.num_train:

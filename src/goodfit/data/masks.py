@@ -16,10 +16,10 @@ from PIL import Image
 
 from goodfit.data.columns import MASK_FILE, POLYGONS, RLE
 from goodfit.runtime.images import MAX_PIXELS, ImageError, open_image
+from goodfit.runtime.masks import MAX_DIGITS, encode_counts
 
 MAX_POINTS = 100_000  # of one object; drawing takes points times rows, and a hand draws some hundred
 _MAX_CROSSINGS = 4_000_000  # edges times rows handled at once: 100 MB
-_MAX_DIGITS = 7  # of 5 bits each: 35 bits, more than any count of pixels
 _RLE_HEAD = struct.Struct("<II")  # height, width
 
 Mask = npt.NDArray[np.bool_]
@@ -107,7 +107,7 @@ def pack_rle(counts: Sequence[int] | str | bytes, height: int, width: int) -> by
         if len(counts) > height * width + 1 or not all(type(c) is int and 0 <= c <= MAX_PIXELS for c in counts):
             raise ValueError("run lengths are not whole numbers of at least 0")
         runs = np.array(counts, np.int64)
-        packed = _encode_counts(runs)
+        packed = encode_counts(runs)
     _check_runs(runs, height, width)
     return _RLE_HEAD.pack(height, width) + packed
 
@@ -169,7 +169,7 @@ def _decode_counts(data: bytes) -> npt.NDArray[np.int64]:
         raise ValueError("the run-length code is cut off")
     starts = np.concatenate(([0], ends[:-1] + 1))
     lengths = ends - starts + 1
-    if int(lengths.max()) > _MAX_DIGITS:
+    if int(lengths.max()) > MAX_DIGITS:
         raise ValueError("a run length is larger than any mask")
     places = np.arange(len(codes)) - np.repeat(starts, lengths)
     runs = np.add.reduceat((codes & 31) << (5 * places), starts)
@@ -177,21 +177,6 @@ def _decode_counts(data: bytes) -> npt.NDArray[np.int64]:
     runs[1::2] = np.cumsum(runs[1::2])
     runs[2::2] = np.cumsum(runs[2::2])
     return runs
-
-
-def _encode_counts(runs: npt.NDArray[np.int64]) -> bytes:
-    rest = runs.copy()
-    rest[3:] -= runs[1:-2]
-    digits = np.zeros((len(runs), _MAX_DIGITS), np.uint8)
-    used = np.zeros((len(runs), _MAX_DIGITS), bool)
-    more = np.ones(len(runs), bool)
-    for place in range(_MAX_DIGITS):
-        used[:, place] = more
-        digit = rest & 31
-        rest = rest >> 5
-        more = more & np.where(digit & 16, rest != -1, rest != 0)
-        digits[:, place] = digit + 32 * more + 48
-    return digits[used].tobytes()
 
 
 def draw_mask(

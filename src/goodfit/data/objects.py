@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from goodfit.data.index import DatasetIndex
+from goodfit.data.masks import draw_mask
+from goodfit.runtime.masks import CutMask, cut_mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,37 @@ def objects_of(index: DatasetIndex, row: int) -> SampleObjects:
     kept = kept[whole]
     return SampleObjects(boxes[whole], objects.classes[part][kept].astype(np.int64), objects.crowd[part][kept],
                          kept + part.start)  # fmt: skip
+
+
+class MaskBook:
+    """The masks of an index's objects in pixels of their upright pictures, each drawn once and kept as its cut-out."""
+
+    def __init__(self, index: DatasetIndex) -> None:
+        self._index = index
+        self._kept: dict[int, CutMask] = {}
+
+    def get(self, row: int, number: int) -> CutMask:
+        """The mask of an object of a row; its box, where it has no mask or a damaged one."""
+        found = self._kept.get(number)
+        if found is None:
+            found = self._kept[number] = self._draw(row, number)
+        return found
+
+    def _draw(self, row: int, number: int) -> CutMask:
+        objects, sizes = self._index.objects, self._index.sizes
+        assert objects is not None and sizes is not None
+        width, height = (int(v) for v in sizes[row])
+        scale = (float(width), float(height)) if objects.relative else (1.0, 1.0)
+        try:
+            return cut_mask(draw_mask(int(objects.mask_kinds[number]), objects.masks[number], size=(width, height), root=self._index.root,
+                                      scale=scale))  # fmt: skip
+        except ValueError:
+            left, top, right, bottom = (
+                (objects.boxes[number].astype(np.float64) * np.tile(scale, 2)).round().astype(int).clip(0).tolist()
+            )
+            return CutMask(
+                left, top, np.ones((max(0, min(bottom, height) - top), max(0, min(right, width) - left)), bool)
+            )
 
 
 def padded(

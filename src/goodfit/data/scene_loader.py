@@ -13,12 +13,13 @@ import numpy.typing as npt
 from goodfit.config.sizes import InputSizes
 from goodfit.data.index import DatasetIndex
 from goodfit.data.loader import MicroBatch, each_on_threads, own_threads, row_of
-from goodfit.data.objects import objects_of, padded
+from goodfit.data.objects import MaskBook, objects_of, padded
 from goodfit.data.scenes import Paste, ScenePreset, compose, cut_boxes, draw_scene
 from goodfit.data.store import PictureStore
-from goodfit.runtime.letterbox import Letterbox
+from goodfit.runtime.letterbox import Letterbox, Place
+from goodfit.runtime.masks import CutMask
 
-Collate = Callable[[npt.NDArray[np.uint8], dict[str, npt.NDArray[Any]]], Any]  # images (N, 3, H, W), targets
+Collate = Callable[[npt.NDArray[np.uint8], dict[str, Any]], Any]  # images (N, 3, H, W), targets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,7 @@ class SceneSamples:
         rows: Pictures that a mosaic may take in.
         letterbox: The input as it is served.
         sizes: The longer side of each batch's input.
+        masks: Those of the objects, where they are learned too.
     """
 
     index: DatasetIndex
@@ -40,6 +42,7 @@ class SceneSamples:
     seed: int
     collate: Collate
     sizes: InputSizes
+    masks: MaskBook | None = None
 
     def size_of(self, epoch: int, number: int, *, closing: bool = False) -> int:
         """The longer side of the input of an epoch's batch of this number, pixels: a function of these and the seed."""
@@ -67,22 +70,31 @@ class SceneSamples:
         with own_threads():
             each_on_threads(len(samples), threads,
                             lambda k: draw_scene(scenes[k], [self.store.get(p.row) for p in scenes[k]], made[k]))  # fmt: skip
-        return MicroBatch(samples, self.collate(made.transpose(0, 3, 1, 2), self._targets(scenes)))
+        return MicroBatch(samples, self.collate(made.transpose(0, 3, 1, 2), self._targets(scenes, shape)))
 
-    def _targets(self, scenes: list[list[Paste]]) -> dict[str, npt.NDArray[Any]]:
-        boxes, classes = [], []
+    def _targets(self, scenes: list[list[Paste]], shape: tuple[int, int]) -> dict[str, npt.NDArray[Any]]:
+        boxes, classes, masks = [], [], []
         for pastes in scenes:
-            parts = [self._objects(paste) for paste in pastes]
-            boxes.append(np.concatenate([np.zeros((0, 4)), *(b for b, _ in parts)]))
-            classes.append(np.concatenate([np.zeros(0, np.int64), *(c for _, c in parts)]))
-        return {"boxes": padded(boxes, 0.0, np.float32, width=(4,)), "classes": padded(classes, -1, np.int64)}
+            parts = [self._objects(paste, shape) for paste in pastes]
+            boxes.append(np.concatenate([np.zeros((0, 4)), *(b for b, _, _ in parts)]))
+            classes.append(np.concatenate([np.zeros(0, np.int64), *(c for _, c, _ in parts)]))
+            masks.append(np.concatenate([np.zeros((0, *shape), np.uint8), *(m for _, _, m in parts)]))
+        made = {"boxes": padded(boxes, 0.0, np.float32, width=(4,)), "classes": padded(classes, -1, np.int64)}
+        return made if self.masks is None else {**made, "masks": padded(masks, 0, np.uint8, width=shape)}
 
-    def _objects(self, paste: Paste) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    def _objects(
+        self, paste: Paste, shape: tuple[int, int]
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
         found = objects_of(self.index, paste.row)
         assert self.index.sizes is not None
         shares = self.store.kept_sizes[paste.row] / self.index.sizes[paste.row]
-        boxes, seen = cut_boxes(paste.boxes(found.boxes[~found.crowd], shares), paste.target)
-        return boxes[seen], found.classes[~found.crowd][seen]
+        boxes, seen = cut_boxes(paste.boxes(found.boxes, shares), paste.target)
+        seen &= ~found.crowd
+        masks = np.zeros((int(seen.sum()) if self.masks is not None else 0, *shape), np.uint8)
+        if self.masks is not None:
+            for out, number in zip(masks, found.numbers[seen], strict=True):
+                paste.mask(self.masks.get(paste.row, int(number)), shares, out)
+        return boxes[seen], found.classes[seen], masks
 
 
 class SceneReader:
@@ -90,13 +102,15 @@ class SceneReader:
 
     Args:
         keep: Keep the serving path's output (uint8, three bytes a pixel) for the next pass.
+        masks: Those of the objects, where they are judged too.
     """
 
     def __init__(
         self, index: DatasetIndex, rows: npt.NDArray[np.int64], *, letterbox: Letterbox, batch: int, threads: int,
-        collate: Collate, keep: bool, rank: int = 0, size: int = 1,
+        collate: Collate, keep: bool, rank: int = 0, size: int = 1, masks: MaskBook | None = None,
     ) -> None:  # fmt: skip
         self._index = index
+        self._masks = masks
         self.rows = rows[rank::size]
         self._letterbox = letterbox
         self._batch = batch
@@ -126,13 +140,13 @@ class SceneReader:
             self._kept[row] = pixels
         return pixels
 
-    def _targets(self, rows: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
+    def _targets(self, rows: npt.NDArray[np.int64]) -> dict[str, Any]:
         assert self._index.sizes is not None
         sizes = self._index.sizes[rows]
         found = [objects_of(self._index, int(row)) for row in rows]
         places = [self._letterbox.place((int(w), int(h))) for w, h in sizes]
         learned = [(p.boxes_in(o.boxes[~o.crowd]), o.classes[~o.crowd]) for p, o in zip(places, found, strict=True)]
-        return {
+        made = {
             "boxes": padded([b for b, _ in learned], 0.0, np.float32, width=(4,)),
             "classes": padded([c for _, c in learned], -1, np.int64),
             "true_boxes": padded([o.boxes for o in found], 0.0, np.float64, width=(4,)),
@@ -141,3 +155,26 @@ class SceneReader:
             "place": np.array([(p.scale_x, p.scale_y, p.left, p.top) for p in places], np.float64).reshape(-1, 4),
             "size": sizes.astype(np.float64),
         }
+        if self._masks is None:
+            return made
+        cut = [[self._masks.get(int(r), int(n)) for n in o.numbers] for r, o in zip(rows, found, strict=True)]
+        inputs = [
+            self._in_input(masks, o.crowd, p, (int(w), int(h)))
+            for masks, o, p, (w, h) in zip(cut, found, places, sizes, strict=True)
+        ]
+        return {**made, "masks": padded(inputs, 0, np.uint8, width=self._letterbox.shape), "true_masks": cut}
+
+    def _in_input(
+        self, masks: list[CutMask], crowd: npt.NDArray[np.bool_], place: Place, size: tuple[int, int]
+    ) -> npt.NDArray[np.uint8]:
+        """The masks of what is learned as they lie in the input. Shape: (objects that are no crowds, H, W)."""
+        shown = Paste(
+            0,
+            (0, 0, *size),
+            (place.left, place.top, place.left + place.width, place.top + place.height),
+            mirrored=False,
+        )
+        made = np.zeros((int((~crowd).sum()), *self._letterbox.shape), np.uint8)
+        for out, number in zip(made, np.flatnonzero(~crowd), strict=True):
+            shown.mask(masks[number], np.ones(2), out)
+        return made

@@ -14,6 +14,7 @@ import torch
 from goodfit.core.random import stream, uniform
 from goodfit.data.augment import crop, fit_into, mirror_into
 from goodfit.runtime.letterbox import FILL
+from goodfit.runtime.masks import CutMask
 
 _PLACE = stream("scene place")
 _PARTNERS = stream("scene partners")
@@ -81,6 +82,21 @@ class Paste:
         if self.mirrored:
             moved = np.stack([t[0] + t[2] - moved[:, 2], moved[:, 1], t[0] + t[2] - moved[:, 0], moved[:, 3]], axis=1)
         return moved
+
+    def mask(self, mask: CutMask, shares: npt.NDArray[np.floating], out: npt.NDArray[np.uint8]) -> None:
+        """Draw an object's mask into an input of shape (height, width), from the nearest pixel of the upright picture.
+
+        Args:
+            shares: As in `boxes`.
+        """
+        s, t = self.source, self.target
+        x, y = np.arange(t[0], t[2]), np.arange(t[1], t[3])
+        across = t[0] + t[2] - 1 - x if self.mirrored else x
+        picture_x = ((across + 0.5 - t[0]) * (s[2] - s[0]) / (t[2] - t[0]) + s[0]) / shares[0]
+        picture_y = ((y + 0.5 - t[1]) * (s[3] - s[1]) / (t[3] - t[1]) + s[1]) / shares[1]
+        out[t[1] : t[3], t[0] : t[2]] |= mask.at(
+            np.floor(picture_x).astype(np.int64), np.floor(picture_y).astype(np.int64)
+        )
 
 
 def compose(

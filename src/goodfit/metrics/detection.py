@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,14 @@ from goodfit.metrics.coco import (
     match_class,
 )
 from goodfit.runtime.detections import box_iou
+from goodfit.runtime.masks import CutMask, mask_overlaps, paste_mask
 
 LEVELS = np.arange(1, 100) / 100  # confidences that a threshold is chosen from
 NEAR = 0.5  # IoU from which a detection is right, for curves, confusion and threshold
 RESAMPLES = 1000
 _BOOTSTRAP = stream("bootstrap")
 Floats = npt.NDArray[np.float64]
-_COLUMNS = ("boxes", "scores", "classes", "true_boxes", "true_classes", "crowd", "areas")
+_COLUMNS = ("boxes", "scores", "classes", "true_boxes", "true_classes", "crowd", "areas", "overlaps", "own_areas")
 
 
 class DetectionMeter:
@@ -35,22 +37,29 @@ class DetectionMeter:
 
     Args:
         num_classes: How many there are.
+        masks: Whether objects have masks, which are judged too.
+
+    Attributes:
+        images: What was found and what is there, by boxes.
+        masked: The same by masks; empty without them.
     """
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, *, masks: bool = False) -> None:
         self.num_classes = num_classes
+        self.masks = masks
         self.images: list[ImageObjects] = []
+        self.masked: list[ImageObjects] = []
         self._terms: dict[str, list[float]] = {}
 
     def update(self, outputs: Mapping[str, Any], batch: Mapping[str, Any]) -> None:
         """Add a batch.
 
         Args:
-            outputs: `boxes` (N, K, 4) in the input, `scores` (N, K), `classes` (N, K), -1 where there is none, and `terms`,
-                the sum and count of each term of the loss.
+            outputs: `boxes` (N, K, 4) in the input, `scores` (N, K), `classes` (N, K), -1 where there is none, `masks`, if there
+                are some, within the boxes (N, K, M, M), and `terms`, the sum and count of each term of the loss.
             batch: `place` (N, 4): scales of x and y, left and top of the picture in the input; `size` (N, 2): width and
                 height of the picture; `true_boxes` (N, G, 4) in the picture, `true_classes` (N, G), -1 where there is none,
-                and `crowd` (N, G).
+                and `crowd` (N, G); with masks `true_masks`, a list of `CutMask` for each image.
         """
         for name, (total, count) in outputs["terms"].items():
             held = self._terms.setdefault(name, [0.0, 0.0])
@@ -60,11 +69,20 @@ class DetectionMeter:
                  **{k: batch[k] for k in ("place", "size", "true_boxes", "true_classes", "crowd")}}  # fmt: skip
         arrays = {k: v.detach().cpu().to(torch.float64).numpy() for k, v in given.items()}
         for n in range(len(arrays["boxes"])):
-            self.images.append(_image(*(arrays[k][n] for k in given)))
+            image = _image(*(arrays[k][n] for k in given))
+            self.images.append(image)
+            if self.masks:
+                found = outputs["masks"][n].detach().float().cpu().numpy()[arrays["classes"][n] >= 0]
+                width, height = arrays["size"][n]
+                self.masked.append(_by_masks(image, found, batch["true_masks"][n], (int(width), int(height))))
 
     def state(self) -> dict[str, Any]:
         """Everything as plain values and arrays."""
-        return {"terms": self._terms, "images": [{k: getattr(i, k) for k in _COLUMNS} for i in self.images]}
+        return {
+            "terms": self._terms,
+            "images": [_columns(i) for i in self.images],
+            "masked": [_columns(i) for i in self.masked],
+        }
 
     def merge(self, states: list[dict[str, Any]]) -> None:
         """Replace the state by those of several meters, one after another."""
@@ -73,9 +91,10 @@ class DetectionMeter:
             n: [math.fsum(s["terms"][n][k] for s in states if n in s["terms"]) for k in range(2)] for n in names
         }
         self.images = [ImageObjects(**columns) for state in states for columns in state["images"]]
+        self.masked = [ImageObjects(**columns) for state in states for columns in state["masked"]]
 
     def compute(self) -> dict[str, float]:
-        """The loss, and AP over IoU 0.5 to 0.95, at 0.5 and at 0.75; 0 where there is nothing to be found."""
+        """The loss, and AP over IoU 0.5 to 0.95, at 0.5 and at 0.75, of boxes and of masks; 0 where there is nothing to be found."""
         terms = {name: total / (count or 1.0) for name, (total, count) in self._terms.items()}
         found = self.evaluation().summary()
         return {
@@ -86,6 +105,17 @@ class DetectionMeter:
     def evaluation(self) -> Evaluation:
         """Precision and recall of every class, as COCO has them."""
         return evaluate_coco(self.images, self.num_classes)
+
+
+def _columns(image: ImageObjects) -> dict[str, Any]:
+    return {k: getattr(image, k) for k in _COLUMNS}
+
+
+def _by_masks(image: ImageObjects, found: Floats, there: Sequence[CutMask], size: tuple[int, int]) -> ImageObjects:
+    """The same image judged by its masks. found: probabilities within the boxes, shape (K, M, M)."""
+    pasted = [paste_mask(p, box, size) for p, box in zip(found, image.boxes, strict=True)]
+    return replace(image, overlaps=mask_overlaps(pasted, there, image.crowd), areas=np.array([m.area for m in there], np.float64),
+                   own_areas=np.array([m.area for m in pasted], np.float64))  # fmt: skip
 
 
 def _image(

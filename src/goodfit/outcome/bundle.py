@@ -39,6 +39,18 @@ for row in predictor.stream(sys.argv[1:]):
         print(row["image"], found["label"], found["score"], found["box"], sep="\\t")
 '''
 
+TORCH_SCRIPT = '''\
+"""Find objects with this bundle: python predict.py photo.jpg ...  (needs goodfit with torch: this network does not become ONNX)"""
+import pathlib
+import sys
+
+import goodfit
+
+for row in goodfit.predict(pathlib.Path(__file__).parent, sys.argv[1:]):
+    for found in row.get("objects") or [{"label": row.get("error", "nothing"), "score": "", "box": ""}]:
+        print(row["image"], found["label"], found["score"], found["box"], sep="\\t")
+'''
+
 PREDICT_SCRIPT = '''\
 """Classify images with this bundle: python predict.py photo.jpg ...  (needs goodfit, numpy, pillow, onnxruntime)"""
 import pathlib
@@ -70,11 +82,13 @@ class Exporter:
         export: Writes model.onnx from network, preprocessing and path; returns what the file must reproduce.
         check: Compares a predictor with that on image files; raises ExportError where they differ.
         script: predict.py of the bundle.
+        open: The predictor of a bundle's folder, with so many threads.
     """
 
     export: Callable[[nn.Module, Any, Path], Any]
     check: Callable[[Predictor, Any, Sequence[bytes], Sequence[str]], dict[str, Any]]
     script: str
+    open: Callable[..., Predictor] = Predictor
 
 
 def write_bundle(
@@ -107,15 +121,15 @@ def write_bundle(
     made: dict[str, Any] = {}
 
     def fill(folder: Path) -> None:
+        write_json(folder / "plan.json", plan)
         tensors = {name: t.detach().cpu().contiguous() for name, t in network.state_dict().items()}
         save_file(tensors, str(folder / "model.safetensors"))
         reference = draft_bundle(folder, network, preprocessing, card, exporter.export)
         made.update(read_json(folder / "bundle.json"))
-        made["parity"] = exporter.check(Predictor(folder), reference, [*files, *odd.values()], [*names, *odd])
-        made["latency"] = check_latency(folder, served)
+        made["parity"] = exporter.check(exporter.open(folder), reference, [*files, *odd.values()], [*names, *odd])
+        made["latency"] = check_latency(folder, served, exporter.open)
         (folder / MANIFEST).unlink()
         write_json(folder / "bundle.json", made)
-        write_json(folder / "plan.json", plan)
         write_json(folder / "metrics.json", card["metrics"])
         write_text(folder / "predict.py", exporter.script)
 
@@ -145,7 +159,7 @@ def draft_bundle(
     return reference
 
 
-def check_latency(folder: Path, served: Served) -> dict[str, Any]:
+def check_latency(folder: Path, served: Served, open_: Callable[..., Predictor] = Predictor) -> dict[str, Any]:
     """Time one image after another from the bytes of its file, and compare with the limit, if there is one.
 
     Over the limit, it is measured up to three times, with pauses, before it counts: the machine may have been busy.
@@ -156,7 +170,7 @@ def check_latency(folder: Path, served: Served) -> dict[str, Any]:
     Raises:
         ExportError: the 95th percentile is over the limit, by more than two measurements differ.
     """
-    predictor = Predictor(folder, threads=served.threads)
+    predictor = open_(folder, threads=served.threads)
     files = [path.read_bytes() for path in served.files]
     found = serving_latency(predictor, files, rounds=ROUNDS if served.limit else 2)
     for pause in PAUSES if served.limit else ():

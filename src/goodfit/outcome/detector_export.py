@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from goodfit.core.errors import ExportError
+from goodfit.models.detection.family import Family
 from goodfit.outcome.export import TOLERANCE
 from goodfit.runtime.detections import box_iou
 from goodfit.runtime.letterbox import Letterbox
@@ -27,7 +28,6 @@ SURE = 0.05  # score above which an object must be found by both
 SAME_SCORE = 1e-3
 SAME_BOX = 0.98  # IoU
 CLOSE_CALL = 0.01  # of IoU, around the limit for doubles
-Decode = Callable[[Any, tuple[int, int]], tuple[torch.Tensor, torch.Tensor]]
 
 
 class Served(nn.Module):
@@ -36,19 +36,20 @@ class Served(nn.Module):
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, network: nn.Module, letterbox: Letterbox, decode: Decode) -> None:
+    def __init__(self, network: nn.Module, letterbox: Letterbox, family: Family) -> None:
         super().__init__()
         self.network = network
-        self._decode, self._shape = decode, letterbox.shape
+        self._family = family
         self.register_buffer("mean", torch.tensor(letterbox.mean).view(1, 3, 1, 1) * 255)
         self.register_buffer("std", torch.tensor(letterbox.std).view(1, 3, 1, 1) * 255)
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """All candidates."""
-        return self._decode(self.network((image.to(torch.float32) - self.mean) / self.std), self._shape)
+        boxes, scores = self._family.candidates(self.network, (image.to(torch.float32) - self.mean) / self.std)
+        return boxes, scores
 
 
-def export_detector(network: nn.Module, letterbox: Letterbox, decode: Decode, path: Path) -> Served:
+def export_detector(network: nn.Module, letterbox: Letterbox, family: Family, path: Path) -> Served:
     """Write `image` → `boxes`, `scores` with a dynamic N, in one file.
 
     Returns:
@@ -57,7 +58,7 @@ def export_detector(network: nn.Module, letterbox: Letterbox, decode: Decode, pa
     Raises:
         ExportError: the exporter does not support the network.
     """
-    wrapped = Served(network.cpu().float(), letterbox, decode).eval()
+    wrapped = Served(network.cpu().float(), letterbox, family).eval()
     example = torch.zeros(2, 3, *letterbox.shape, dtype=torch.uint8)
     log = logging.getLogger("torch.onnx")
     level = log.level
@@ -78,9 +79,9 @@ def export_detector(network: nn.Module, letterbox: Letterbox, decode: Decode, pa
     return wrapped
 
 
-def traced_problem(network: nn.Module, letterbox: Letterbox, decode: Decode, pixels: torch.Tensor) -> str:
+def traced_problem(network: nn.Module, letterbox: Letterbox, family: Family, pixels: torch.Tensor) -> str:
     """Why a detector could not be exported, found by tracing a copy as the exporter does; empty if it can be."""
-    wrapped = Served(copy.deepcopy(network).cpu().float(), letterbox, decode).eval()
+    wrapped = Served(copy.deepcopy(network).cpu().float(), letterbox, family).eval()
     example = torch.zeros(2, 3, *letterbox.shape, dtype=torch.uint8)
     try:
         with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():

@@ -15,6 +15,7 @@ from goodfit.core.safeio import read_json, verify_directory
 from goodfit.runtime.detections import Selection, select_objects
 from goodfit.runtime.images import ImageError, Preprocessing
 from goodfit.runtime.letterbox import Letterbox
+from goodfit.runtime.masks import as_rle, paste_mask
 
 BUNDLE_SCHEMA = 1
 BATCH = 32  # images per call of the model; a bound on memory
@@ -49,14 +50,25 @@ class Predictor:
         self.card: dict[str, Any] = card
         self.task = str(card.get("task", "classify"))
         self.labels: list[str] = list(card["labels"])
-        detects = self.task == "detect"
+        detects = self.task in ("detect", "segment")
         self.preprocessing: Preprocessing | Letterbox = (Letterbox if detects else Preprocessing).from_dict(
             card["preprocessing"]
         )
         self.selection = Selection(**card["selection"]) if detects else Selection()
         self.threshold = float(card.get("threshold", 0.0))
         self._outputs = ["boxes", "scores"] if detects else ["logits"]
-        self._session = _open_session(self.path / "model.onnx", threads)
+        self._session = self._open(threads)
+
+    def _open(self, threads: int | None) -> Any:
+        """The ONNX session.
+
+        Raises:
+            DataError: the bundle has none.
+        """
+        if self.card.get("needs") == "torch":
+            raise DataError(f"The network of this bundle, {self.card.get('model')}, does not become ONNX: it needs torch.", where=str(self.path),
+                            next="goodfit predict BUNDLE IMAGE..., or goodfit.predict, on a machine with goodfit and torch")  # fmt: skip
+        return _open_session(self.path / "model.onnx", threads)
 
     def pixels(self, source: Path | bytes, *, where: str = "") -> npt.NDArray[np.uint8]:
         """One image as the model takes it, uint8 of shape (3, height, width).
@@ -92,8 +104,8 @@ class Predictor:
 
         Returns:
             One dict per image, in order. Of a classifier: `image`, `label`, `probability` and `probabilities` (by label). Of a
-            detector: `image`, `width`, `height` and `objects`, best first, each with `label`, `score` and `box` (left, top,
-            right, bottom in pixels of the upright picture). `image` and `error` for a file that cannot be read.
+            detector: `image`, `width`, `height` and `objects`, best first, each with `label`, `score`, `box` (left, top,
+            right, bottom in pixels of the upright picture) and, where the model gives masks, `mask` (COCO's run lengths). `image` and `error` for a file that cannot be read.
         """
         return list(self.stream(images, threshold=threshold))
 
@@ -112,12 +124,18 @@ class Predictor:
                     rows.append({"image": name, **told})
                 except ImageError as error:
                     rows.append({"image": name, "error": error.message})
-            made = self.run(np.stack(arrays)) if arrays else []
-            each = iter(zip(*made, strict=True))
-            for row in rows:
-                if "error" not in row:
-                    row.update(self._describe(next(each), row, self.threshold if threshold is None else threshold))
-                yield row
+            read = [row for row in rows if "error" not in row]
+            limit = self.threshold if threshold is None else threshold
+            for row, answer in zip(read, self._answers(np.stack(arrays), read, limit) if arrays else (), strict=True):
+                row.update(answer)
+            yield from rows
+
+    def _answers(
+        self, pixels: npt.NDArray[np.uint8], rows: Sequence[dict[str, Any]], threshold: float
+    ) -> Iterator[dict[str, Any]]:
+        """What is said of each of some images."""
+        for outputs, row in zip(zip(*self.run(pixels), strict=True), rows, strict=True):
+            yield self._describe(outputs, row, threshold)
 
     def _read(self, source: Path | bytes) -> tuple[npt.NDArray[np.uint8], dict[str, Any]]:
         if not isinstance(self.preprocessing, Letterbox):
@@ -130,12 +148,7 @@ class Predictor:
     ) -> dict[str, Any]:
         if isinstance(self.preprocessing, Letterbox):
             boxes, scores, classes, _ = self.objects(*outputs, threshold)
-            size = (int(row["width"]), int(row["height"]))
-            boxes = self.preprocessing.place(size).boxes_out(boxes, size)
-            return {"objects": [
-                {"label": self.labels[int(c)], "score": round(float(s), 6), "box": [round(float(v), 2) for v in b]}
-                for b, s, c in zip(boxes, scores, classes, strict=True) if s >= threshold
-            ]}  # fmt: skip
+            return {"objects": self.told(boxes, scores, classes, row, threshold)}
         probabilities = softmax(outputs[0])
         best = int(probabilities.argmax())
         return {
@@ -143,6 +156,28 @@ class Predictor:
             "probability": round(float(probabilities[best]), 6),
             "probabilities": {name: round(float(p), 6) for name, p in zip(self.labels, probabilities, strict=True)},
         }
+
+    def told(
+        self, boxes: npt.NDArray[np.floating], scores: npt.NDArray[np.floating], classes: npt.NDArray[np.integer],
+        row: dict[str, Any], threshold: float, masks: npt.NDArray[np.floating] | None = None,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """Objects of the input in pixels of their picture, those that are sure enough.
+
+        Args:
+            row: With the picture's `width` and `height`.
+            masks: Probabilities within the boxes, shape (K, M, M); they become run lengths as COCO has them.
+        """
+        assert isinstance(self.preprocessing, Letterbox)
+        size = (int(row["width"]), int(row["height"]))
+        moved = self.preprocessing.place(size).boxes_out(boxes, size)
+        made = []
+        for number in np.flatnonzero(scores >= threshold):
+            found: dict[str, Any] = {"label": self.labels[int(classes[number])], "score": round(float(scores[number]), 6),
+                                     "box": [round(float(v), 2) for v in moved[number]]}  # fmt: skip
+            if masks is not None:
+                found["mask"] = as_rle(paste_mask(masks[number], moved[number], size), size)
+            made.append(found)
+        return made
 
 
 def _open_session(model: Path, threads: int | None) -> Any:

@@ -7,17 +7,15 @@ batches in parts add up; tests hold them equal to the library's.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
+from goodfit.models.detection.family import OneStage, Shape, Terms, cut_at_edges
 from goodfit.models.detection.pyramid import Pyramid
 
 RADIUS = 1.5  # strides around an object's centre within which places answer for it
 FAR = 8.0  # strides: the largest distance to a side that a level answers for; half of it is the smallest, but for the first
-
-Terms = dict[str, tuple[torch.Tensor, torch.Tensor | int]]
 
 
 class FcosNetwork(nn.Module):
@@ -42,8 +40,8 @@ class FcosNetwork(nn.Module):
         }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fcos:
+@dataclass(frozen=True, kw_only=True)
+class Fcos(OneStage):
     """What belongs to an `FcosNetwork` besides its weights.
 
     Attributes:
@@ -53,9 +51,8 @@ class Fcos:
 
     strides: tuple[int, ...] = (8, 16, 32, 64, 128)
     radius: float = RADIUS
-    exact: bool = True  # sums and counts, so that batches in parts add up
 
-    def places(self, shape: tuple[int, int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def places(self, shape: Shape, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Where the outputs stand: x and y (A, 2), the stride (A,) and the level (A,) of each.
 
         A place lies at a corner of its cell, as torchvision has it, and not in the middle.
@@ -72,17 +69,16 @@ class Fcos:
             levels.append(torch.full((rows * columns,), number, device=device))
         return torch.cat(points).float(), torch.cat(strides).float(), torch.cat(levels)
 
-    def loss(
-        self, outputs: dict[str, torch.Tensor], boxes: torch.Tensor, classes: torch.Tensor, shape: tuple[int, int]
+    def terms(
+        self,
+        model: nn.Module,
+        outputs: dict[str, torch.Tensor],
+        boxes: torch.Tensor,
+        classes: torch.Tensor,
+        shape: Shape,
     ) -> Terms:
-        """Focal loss over all places; GIoU loss and centredness over those that answer for an object. Each counts by those.
-
-        Args:
-            outputs: Of the network.
-            boxes: Left, top, right, bottom of the objects in the input, pixels, shape (N, G, 4).
-            classes: Shape (N, G), -1 where there is no object.
-            shape: Height and width of the input.
-        """
+        """Focal loss over all places; GIoU loss and centredness over those that answer for an object. Each counts by those."""
+        del model
         from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
         logits, sides, centre = (outputs[k].float() for k in ("classes", "sides", "centre"))
@@ -130,24 +126,17 @@ class Fcos:
         best, number = worth.max(dim=1)
         return torch.where(best < 1e-5, -1, number)
 
-    def decode(self, outputs: dict[str, torch.Tensor], shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode(
+        self, model: nn.Module, outputs: dict[str, torch.Tensor], shape: Shape
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Boxes in the input (N, A, 4), cut at its edges, and scores (N, A, C): the root of class times centredness."""
+        del model
         logits, sides, centre = (outputs[k].float() for k in ("classes", "sides", "centre"))
         points, strides, _ = self.places(shape, logits.device)
         boxes = _as_boxes(points, strides.unsqueeze(1) * sides)
-        limits = torch.tensor([shape[1], shape[0], shape[1], shape[0]], device=boxes.device, dtype=boxes.dtype)
-        boxes = torch.minimum(boxes.clamp(min=0.0), limits)
-        return boxes, torch.sqrt(torch.sigmoid(logits) * torch.sigmoid(centre).unsqueeze(2))
+        return cut_at_edges(boxes, shape), torch.sqrt(torch.sigmoid(logits) * torch.sigmoid(centre).unsqueeze(2))
 
 
 def _as_boxes(points: torch.Tensor, sides: torch.Tensor) -> torch.Tensor:
     """Boxes around points from the distances to the left, top, right and bottom."""
     return torch.cat([points - sides[..., :2], points + sides[..., 2:]], dim=-1)
-
-
-def build_fcos(
-    backbone: str, *, num_classes: int, channels: int, num_convs: int, num_levels: int, **arguments: Any
-) -> FcosNetwork:
-    """A network with random weights."""
-    pyramid = Pyramid(backbone, channels=channels, num_levels=num_levels, **arguments)
-    return FcosNetwork(pyramid, num_classes=num_classes, channels=channels, num_convs=num_convs)

@@ -1,0 +1,138 @@
+"""Faster R-CNN (Ren et al. 2015) and Mask R-CNN (He et al. 2017): torchvision's two stages over a feature pyramid."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from goodfit.models.detection.choose import Found
+from goodfit.models.detection.family import Family, Terms, listed, shape_of
+from goodfit.models.detection.pyramid import Pyramid
+from goodfit.runtime.detections import Selection
+
+ANCHOR = 2.0  # strides: side of a level's smaller anchors; the larger are half an octave above
+RATIOS = (0.5, 1.0, 2.0)
+ROI, MASK_ROI = 7, 14  # places that a proposal is read at, each way
+WIDTH = 256  # of the fully connected layers: a quarter of the published 1,024, for few classes and little data
+SAMPLED = 128  # proposals of an image that the second stage learns from: a quarter of the published 512
+
+
+class RcnnNetwork(nn.Module):
+    """Both stages; what `forward` gives depends on what it is given, as in torchvision."""
+
+    pretrained_cfg = {"classifier": ("pyramid.fpn", "pyramid.more", "rpn", "roi_heads")}  # noqa: RUF012  what is new
+
+    def __init__(self, pyramid: Pyramid, *, num_classes: int, channels: int, masks: bool) -> None:
+        super().__init__()
+        from torchvision.models.detection.anchor_utils import AnchorGenerator
+        from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+        from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+        from torchvision.models.detection.roi_heads import RoIHeads
+        from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+        from torchvision.ops import MultiScaleRoIAlign
+
+        self.pyramid = pyramid
+        sizes = tuple((ANCHOR * stride, ANCHOR * stride * 2**0.5) for stride in pyramid.strides)
+        anchors = AnchorGenerator(sizes, (RATIOS,) * len(sizes))
+        counts = {"training": 1000, "testing": 500}
+        self.rpn = RegionProposalNetwork(
+            anchors, RPNHead(channels, 2 * len(RATIOS)), 0.7, 0.3, 256, 0.5, counts, counts, 0.7
+        )
+        pooled = [str(level) for level in range(min(4, len(sizes)))]
+        mask_parts: dict[str, Any] = {}
+        if masks:
+            mask_parts = {
+                "mask_roi_pool": MultiScaleRoIAlign(pooled, MASK_ROI, 2),
+                "mask_head": MaskRCNNHeads(channels, (channels,) * 4, 1),
+                "mask_predictor": MaskRCNNPredictor(channels, channels, num_classes + 1),
+            }
+        self.roi_heads = RoIHeads(
+            MultiScaleRoIAlign(pooled, ROI, 2), TwoMLPHead(channels * ROI**2, WIDTH), FastRCNNPredictor(WIDTH, num_classes + 1),
+            0.5, 0.5, SAMPLED, 0.25, None, 0.01, 0.5, 100, **mask_parts,
+        )  # fmt: skip
+
+    def forward(
+        self, images: torch.Tensor, targets: list[dict[str, torch.Tensor]] | None = None, *, find: bool = False
+    ) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
+        """The losses where there are targets, and the objects where `find`; the backbone is run once.
+
+        In float32 after the backbone: proposals of half precision are too coarse.
+        """
+        from torchvision.models.detection.image_list import ImageList
+
+        shape = shape_of(images)
+        levels = self.pyramid(images)
+        losses: dict[str, torch.Tensor] = {}
+        found: list[dict[str, torch.Tensor]] = []
+        with torch.autocast(images.device.type, enabled=False):
+            maps = OrderedDict((str(k), m.float()) for k, m in enumerate(levels))
+            listed_images = ImageList(images, [shape] * len(images))
+            if targets is not None:
+                with _learning(self.rpn, self.roi_heads):
+                    proposals, losses = self.rpn(listed_images, maps, targets)
+                    losses = {**losses, **self.roi_heads(maps, proposals, listed_images.image_sizes, targets)[1]}
+            if find:
+                with _learning(self.rpn, self.roi_heads, learning=False):
+                    proposals, _ = self.rpn(listed_images, maps)
+                    found = self.roi_heads(maps, proposals, listed_images.image_sizes)[0]
+        return losses, found
+
+
+@contextmanager
+def _learning(*modules: nn.Module, learning: bool = True) -> Iterator[None]:
+    """Set what torchvision's two stages look at to know what is wanted of them; modules inside them are left as they are."""
+    before = [module.training for module in modules]
+    for module in modules:
+        module.training = learning
+    try:
+        yield
+    finally:
+        for module, was in zip(modules, before, strict=True):
+            module.training = was
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rcnn(Family):
+    """What belongs to an `RcnnNetwork` besides its weights. The library's terms are means over samples that it draws itself; they
+    are taken as means over images of equal weight, so that batches in uneven parts are not exactly one batch."""
+
+    has_masks: bool = False
+    exact: bool = False
+    exports: bool = False
+
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> Terms:
+        losses, _ = model(batch["image"], self._targets(batch))
+        return _weighed(losses, len(batch["image"]))
+
+    def predict(self, model: nn.Module, batch: dict[str, Any], how: Selection) -> tuple[list[Found], Terms]:
+        losses, made = model(batch["image"], self._targets(batch) if "boxes" in batch else None, find=True)
+        found = []
+        for one in made:
+            kept = one["scores"] > how.threshold
+            masks = one["masks"][kept][:, 0] if "masks" in one else None
+            found.append(Found(one["boxes"][kept], one["scores"][kept], one["labels"][kept] - 1, masks))
+        return found, _weighed(losses, len(batch["image"]))
+
+    def candidates(self, model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What the first stage says of every place: the second's choice of places has no fixed order."""
+        network: Any = model
+        with torch.autocast(images.device.type, enabled=False):
+            objectness, offsets = network.rpn.head([m.float() for m in network.pyramid(images)])
+        return tuple(m.flatten(1) for m in (*objectness, *offsets))
+
+    def _targets(self, batch: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
+        targets = listed(batch["boxes"], batch["classes"], first_class=1)
+        if self.has_masks:
+            for target, masks, classes in zip(targets, batch["masks"], batch["classes"], strict=True):
+                target["masks"] = masks[classes >= 0]
+        return targets
+
+
+def _weighed(losses: dict[str, torch.Tensor], num: int) -> Terms:
+    return {name.removeprefix("loss_"): (mean * num, num) for name, mean in losses.items()}

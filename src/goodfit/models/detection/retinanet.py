@@ -1,0 +1,84 @@
+"""RetinaNet (Lin et al. 2017): torchvision's heads and anchors over a feature pyramid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from goodfit.models.detection.family import OneStage, Shape, Terms, cut_at_edges, listed
+from goodfit.models.detection.pyramid import Pyramid
+
+ANCHOR = 4.0  # strides: side of a level's smallest anchor; two more lie a third and two thirds of an octave above
+RATIOS = (0.5, 1.0, 2.0)
+FOREGROUND, BACKGROUND = 0.5, 0.4  # IoU with an object from which an anchor answers for it, and below which for none
+
+
+class RetinaNetwork(nn.Module):
+    """Images (N, 3, H, W) to `classes` (N, A, C), logits, and `boxes` (N, A, 4), offsets from the anchors."""
+
+    pretrained_cfg = {"classifier": ("pyramid.fpn", "pyramid.more", "head")}  # noqa: RUF012  what is new, in timm's words
+
+    def __init__(self, pyramid: Pyramid, *, num_classes: int, channels: int, num_convs: int) -> None:
+        super().__init__()
+        from torchvision.models.detection.anchor_utils import AnchorGenerator
+        from torchvision.models.detection.retinanet import RetinaNetHead
+
+        self.pyramid = pyramid
+        sizes = tuple(tuple(ANCHOR * stride * 2 ** (third / 3) for third in range(3)) for stride in pyramid.strides)
+        self.anchors = AnchorGenerator(sizes, (RATIOS,) * len(sizes))
+        self.head = RetinaNetHead(channels, self.anchors.num_anchors_per_location()[0], num_classes)
+        for part in (self.head.classification_head, self.head.regression_head):
+            part.conv = part.conv[:num_convs]
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The dense outputs, levels one after another."""
+        made = self.head(self.pyramid(images))
+        return {"cls_logits": made["cls_logits"], "bbox_regression": made["bbox_regression"]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetinaNet(OneStage):
+    """What belongs to a `RetinaNetwork` besides its weights. The library's loss is a mean over images, each divided by the anchors
+    that answer for its objects: times the images it is a sum, and they are its count."""
+
+    strides: tuple[int, ...]
+
+    def _anchors(self, model: Any, shape: Shape, device: torch.device) -> torch.Tensor:
+        """Of one image, shape (A, 4)."""
+        from torchvision.models.detection.image_list import ImageList
+
+        maps = [torch.empty(1, 1, -(-shape[0] // s), -(-shape[1] // s), device=device) for s in self.strides]
+        made: torch.Tensor = model.anchors(ImageList(torch.empty(1, 3, *shape, device=device), [shape]), maps)[0]
+        return made
+
+    def terms(self, model: nn.Module, outputs: Any, boxes: torch.Tensor, classes: torch.Tensor, shape: Shape) -> Terms:
+        """Focal loss of the classes and L1 loss of the boxes, as torchvision has them."""
+        from torchvision.models.detection._utils import Matcher
+        from torchvision.ops import box_iou
+
+        network: Any = model
+        outputs = {name: made.float() for name, made in outputs.items()}
+        anchors = self._anchors(network, shape, boxes.device)
+        matcher, targets = Matcher(FOREGROUND, BACKGROUND, allow_low_quality_matches=True), listed(boxes, classes)
+        matched = [
+            matcher(box_iou(t["boxes"], anchors))
+            if len(t["boxes"])
+            else torch.full((len(anchors),), -1, device=boxes.device)
+            for t in targets
+        ]
+        made = network.head.compute_loss(targets, outputs, [anchors] * len(targets), matched)
+        num = len(targets)
+        return {"classes": (made["classification"] * num, num), "boxes": (made["bbox_regression"] * num, num)}
+
+    def decode(self, model: nn.Module, outputs: Any, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+        """Boxes (N, A, 4) and scores (N, A, C)."""
+        from torchvision.models.detection._utils import BoxCoder
+
+        offsets, logits = outputs["bbox_regression"].float(), outputs["cls_logits"].float()
+        anchors = self._anchors(model, shape, offsets.device)
+        coder = BoxCoder(weights=(1.0, 1.0, 1.0, 1.0))
+        boxes = torch.stack([coder.decode_single(row, anchors) for row in offsets.unbind(0)])
+        return cut_at_edges(boxes, shape), torch.sigmoid(logits)

@@ -1,0 +1,73 @@
+"""Bundles whose network does not become ONNX: the same predictions by torch, from the bundle's own weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from goodfit.config.plan import read_plan
+from goodfit.core.errors import ExportError
+from goodfit.models.detection.build import build_detector, family_of
+from goodfit.runtime.letterbox import Letterbox
+from goodfit.runtime.predictor import Predictor
+
+
+class TorchPredictor(Predictor):
+    """As `Predictor`, for a bundle that says `"needs": "torch"`: built from its plan.json and model.safetensors."""
+
+    def _open(self, threads: int | None) -> Any:
+        del threads  # torch has one number of threads for the whole process
+        plan = read_plan(self.path / "plan.json").changed(pretrained="false")
+        network, _ = build_detector(plan, self.labels)
+        network.load_state_dict(load_file(str(self.path / "model.safetensors")))
+        self._family = family_of(plan)
+        return network.eval()
+
+    def _answers(
+        self, pixels: npt.NDArray[np.uint8], rows: Sequence[dict[str, Any]], threshold: float
+    ) -> Iterator[dict[str, Any]]:
+        letterbox = self.preprocessing
+        assert isinstance(letterbox, Letterbox)
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) * 255 for v in (letterbox.mean, letterbox.std))
+        with torch.inference_mode():
+            found, _ = self._family.predict(
+                self._session, {"image": (torch.from_numpy(pixels).float() - mean) / std}, self.selection
+            )
+        for one, row in zip(found, rows, strict=True):
+            masks = None if one.masks is None else one.masks.numpy()
+            objects = self.told(one.boxes.numpy(), one.scores.numpy(), one.classes.numpy(), row, threshold, masks)
+            yield {"objects": objects}
+
+
+def no_export(_network: nn.Module, _letterbox: Any, _path: Path) -> nn.Module:
+    """There is no model.onnx; what the bundle must reproduce is the network itself."""
+    return _network.cpu().float().eval()
+
+
+def check_torch_bundle(
+    predictor: Predictor, reference: nn.Module, files: Sequence[bytes], names: Sequence[str]
+) -> dict[str, Any]:
+    """The network built anew from the bundle's files finds, from the bytes of images, exactly what the trained one does.
+
+    Raises:
+        ExportError: it does not.
+    """
+    assert isinstance(predictor, TorchPredictor)
+    built, num = predictor._session, 0
+    for data, name in zip(files, names, strict=True):
+        mine = predictor.predict([data], threshold=0.0)
+        predictor._session = reference
+        theirs = predictor.predict([data], threshold=0.0)
+        predictor._session = built
+        num += len(theirs[0].get("objects", ()))
+        if mine != theirs:
+            raise ExportError(f"The network built from the bundle finds something else than the trained one on {name}.",
+                              kept="the trained weights, in checkpoints/best", next="report the model's name")  # fmt: skip
+    return {"max_difference": 0.0, "tolerance": 0.0, "num_files": len(files), "num_objects": num}

@@ -1,0 +1,201 @@
+"""Detection and segmentation from a folder to a bundle: started by the path alone, stopped and resumed to the same hashes, served."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import goodfit
+from goodfit.api.demo import write_scenes
+from goodfit.core.errors import RequestError
+from goodfit.runtime import Predictor
+
+SMALL = {"model": "fcos/resnet10t", "pretrained": "false", "batch": 8, "measure": False, "imgsz": 96}
+WORDS = ("model=fcos/resnet10t", "pretrained=false", "epochs=3", "batch=6", "accumulate=4", "mosaic=0.5", "scale=0.4", "multi_scale=0.4", "imgsz=96",
+         "deterministic=true", "rehearse=false", "json=true")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    """Sixty scenes of digits with boxes, of which one has no object and one picture is cut off."""
+    folder = tmp_path_factory.mktemp("data") / "scenes"
+    write_scenes(folder, masks=False, num=60)
+    notes = json.loads((folder / "annotations.json").read_text())
+    notes["annotations"] = [a for a in notes["annotations"] if a["image_id"] != 5]
+    (folder / "annotations.json").write_text(json.dumps(notes))
+    cut = folder / "images" / "0009.png"
+    cut.write_bytes(cut.read_bytes()[:400])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "masked"
+    write_scenes(folder, masks=True, num=40)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(scenes, tmp_path_factory) -> goodfit.Run:
+    return goodfit.train(scenes, project=str(tmp_path_factory.mktemp("runs")), epochs=4, max_bad=0.1, **SMALL)
+
+
+def test_a_detector_is_trained_tested_and_bundled(finished):
+    result, plan = finished.result, finished.plan
+    assert result["task"] == plan.task.value == "detect" and plan.monitor.value == "ap"
+    test = result["metrics"]["test"]
+    assert set(test) >= {"n", "low", "high", "look", "ap", "ap50", "ap50_low", "ap50_high"}
+    assert 0 <= test["ap50_low"] <= test["ap50"] <= test["ap50_high"] <= 1
+    assert result["steps"] > 0 and result["epochs"] == 4
+    card = json.loads((finished.bundle / "bundle.json").read_text())
+    assert card["parity"]["num_files"] > 5 and 0 < card["threshold"] < 1
+    report = (finished.path / "report.html").read_text()
+    assert "There and found" in report and "False alarms" in report and "label_smoothing" not in report
+    for name in ("train_batch", "val_batch", "found", "confusion_matrix", "confidence", "results", "lr"):
+        assert Image.open(finished.path / "plots" / f"{name}.png").size[0] > 200, name
+    assert (finished.path / "rehearsal.txt").read_text().count("ok ") >= 8
+    assert {f["kind"] for f in finished.findings} >= {"truncated"}
+
+
+def test_the_bundle_finds_in_pixels_of_the_picture(finished, scenes, tmp_path):
+    predictor = Predictor(finished.bundle)
+    files = [scenes / "images" / f"{n:04d}.png" for n in range(4)]
+    rows = predictor.predict(files, threshold=0.02)
+    assert [r["width"] for r in rows] == [128] * 4 and sum(len(r["objects"]) for r in rows) > 0
+    for found in (f for r in rows for f in r["objects"]):
+        left, top, right, bottom = found["box"]
+        assert 0 <= left < right <= 128 and 0 <= top < bottom <= 128 and found["score"] >= 0.02
+    large = tmp_path / "large.png"
+    Image.open(files[0]).resize((512, 512), Image.Resampling.BICUBIC).save(large)
+    again = predictor.predict([large], threshold=0.02)[0]
+    mine, theirs = rows[0]["objects"][0], again["objects"][0]
+    assert np.abs(np.array(theirs["box"]) / 4 - mine["box"]).max() < 6
+    sure = predictor.predict(files, threshold=0.5)
+    assert all(f["score"] >= 0.5 for r in sure for f in r["objects"])
+    wanted = [[f for f in r["objects"] if f["score"] >= 0.5] for r in rows]
+    assert [r["objects"] for r in sure] == wanted  # what is less sure removes nothing that is surer
+
+
+def test_predictions_are_drawn_and_written_as_coco_and_yolo(finished, scenes, tmp_path):
+    out = tmp_path / "out"
+    words = [sys.executable, "-m", "goodfit", "predict", str(finished.path), str(scenes / "images" / "0000.png"), str(scenes / "images" / "0009.png"),
+             f"out={out}", "threshold=0.02", "json=true"]  # fmt: skip
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    told = json.loads(done.stdout)
+    assert told["num_failed"] == 1
+    objects = told["predictions"][0]["objects"]
+    coco = json.loads((out / "coco.json").read_text())
+    assert len(coco) == len(objects) > 0 and coco[0]["image_id"] == 0
+    x, y, w, h = coco[0]["bbox"]
+    assert np.abs(np.array([x, y, x + w, y + h]) - objects[0]["box"]).max() < 0.02
+    lines = (out / "labels" / "0000.txt").read_text().splitlines()
+    number, *shares = lines[0].split()
+    assert told["predictions"][0]["objects"][0]["label"] == Predictor(finished.bundle).labels[int(number)]
+    assert abs(float(shares[0]) * 128 - (x + w / 2)) < 0.02
+    assert Image.open(out / "pictures" / "0000.jpg").size == (128, 128) and not (out / "pictures" / "0009.jpg").exists()
+
+
+def run(words, cwd):
+    done = subprocess.run(
+        [sys.executable, "-m", "goodfit", *words], cwd=cwd, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize("task", ["detect", "segment"])
+def test_killed_and_resumed_to_the_same_hashes(task, scenes, masked, tmp_path):
+    """Two plain runs agree, and one that is killed on the way and resumed agrees with them; another seed does not."""
+    data = scenes if task == "detect" else masked
+    more = ("max_bad=0.1",) if task == "detect" else ("model=maskrcnn/resnet10t", "batch=4", "epochs=2", "accumulate=2")
+    words = ["train", str(data), *WORDS, *more]
+    whole = run([*words, "name=whole"], tmp_path)
+    process = subprocess.Popen([sys.executable, "-m", "goodfit", *words, "name=cut", "workers=1"], cwd=tmp_path, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    events = tmp_path / "runs" / "cut" / "events.jsonl"
+    while process.poll() is None and not (events.is_file() and '"event": "epoch"' in events.read_text()):
+        pass
+    process.kill()
+    process.communicate()
+    again = run(["resume", "runs/cut", "workers=0", "json=true"], tmp_path)
+    assert again["state_sha256"] == whole["state_sha256"] and again["weights_sha256"] == whole["weights_sha256"]
+    if task == "detect":
+        other = run([*words, "seed=1", "name=other"], tmp_path)
+        assert other["state_sha256"] != whole["state_sha256"]
+
+
+def test_masks_are_learned_and_served_by_torch(masked, tmp_path):
+    made = goodfit.train(
+        masked,
+        project=str(tmp_path),
+        epochs=2,
+        model="maskrcnn/resnet10t",
+        pretrained="false",
+        batch=4,
+        measure=False,
+        imgsz=96,
+    )
+    test = made.result["metrics"]["test"]
+    assert set(test) >= {"mask_ap", "mask_ap50", "ap", "ap50"} and made.plan.monitor.value == "mask_ap"
+    rows = made.predict([masked / "images" / "0000.png"])
+    assert rows[0]["width"] == 128
+    from goodfit.core.errors import DataError
+
+    with pytest.raises(DataError, match="needs torch"):
+        Predictor(made.bundle)
+
+
+@pytest.mark.parametrize(
+    ("folder", "words", "task"),
+    [
+        ("detect/bccd_voc", {}, "detect"),
+        ("detect/facemask_coco", {}, "detect"),
+        ("segment/coco128/object_detection", {}, "detect"),
+        ("segment/coco128/instance_segmentation", {}, "segment"),
+        ("segment/nuclei_dsb2018", {}, "segment"),
+    ],
+)
+@pytest.mark.data
+def test_real_datasets_are_planned_by_their_path_alone(real_data, folder, words, task):
+    planned = goodfit.plan(real_data / folder, measure=False, **words)
+    assert planned.plan.task.value == task
+    box = planned.plan.preprocessing.value
+    assert box["fit"] == "letterbox" and box["width"] % 32 == box["height"] % 32 == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"mixup": 0.2}, "one class each"),
+        ({"model": "yolo/resnet18"}, "no family of detectors called yolo"),
+        ({"model": "maskrcnn"}, "gives masks"),
+        ({"model": "fcos/vit_tiny_patch16_224"}, "no maps at strides"),
+        ({"monitor": "accuracy"}, "accuracy"),
+        ({"batch": 5000}, "does not fit"),
+    ],
+)
+def test_what_a_detector_cannot_do_is_refused(scenes, tmp_path, asked, says):
+    with pytest.raises(RequestError, match=says):
+        goodfit.train(
+            scenes,
+            project=str(tmp_path),
+            **{"pretrained": "false", "max_bad": 0.1, "epochs": 1, "measure": False, **asked},
+        )
+
+
+def test_a_plan_of_another_task_is_refused(finished, masked, tmp_path):
+    with pytest.raises(RequestError, match="task detect"):
+        goodfit.train(masked, project=str(tmp_path), plan=str(finished.path / "plan.json"))
+
+
+def test_a_detector_is_trained_again_by_its_plan(finished, scenes, tmp_path):
+    again = goodfit.plan(scenes, plan=str(finished.path / "plan.json"), max_bad=0.1).plan
+    assert {n: d.value for n, d in again.decisions().items()} == {
+        n: d.value for n, d in finished.plan.decisions().items()
+    }
