@@ -78,6 +78,8 @@ def resolve_detector(
     """
     choose = Chooser(request, base)
     masks, small = data.task == "segment", data.median_side <= SMALL_SIDE
+    if base is not None and base.task.value != data.task:
+        raise RequestError(f"plan={request.plan}: this is a plan for the task {base.task.value}.", next=f"give one for the task {data.task}")
     family, backbone = split_model(request.model if base is None or request.model else base.model.value)
     if base is not None and request.pretrained is None:
         same = {"file": base.weights.value, "hub": "true"}.get(base.pretrained.value, "false")
@@ -120,11 +122,6 @@ def resolve_detect(
         raise RequestError("Detection does not take this:\n" + "\n".join(f"  {line}" for line in refused), kept="nothing was started",
                            next="leave it out")  # fmt: skip
     task = decided["task"].value
-    if base is not None and base.task.value != task:
-        raise RequestError(
-            f"plan={request.plan}: this is a plan for the task {base.task.value}.",
-            next=f"give the plan of a run of the task {task}",
-        )
     choose = Chooser(request, base)
     imgsz = _image_size(choose, facts.data, facts.machine)
     batch, accumulate = _batch(choose, facts)
@@ -146,7 +143,7 @@ def resolve_detect(
         **decided,
         imgsz=imgsz,
         preprocessing=_letterbox(imgsz.value, facts),
-        detector=_architecture(choose, facts.machine, masks=masks),
+        detector=_architecture(choose, facts.machine, inputs.smallest * min(facts.data.shape), masks=masks),
         batch=batch,
         accumulate=accumulate,
         **recipe,
@@ -195,11 +192,20 @@ def _letterbox(imgsz: int, facts: Facts) -> Decision[dict[str, Any]]:
     )
 
 
-def _architecture(choose: Chooser, machine: MachineFacts, *, masks: bool) -> Decision[dict[str, Any]]:
+def _architecture(choose: Chooser, machine: MachineFacts, side: float, *, masks: bool) -> Decision[dict[str, Any]]:
+    """Width, depth and levels of the head.
+
+    The coarsest level has two places each way at least: one alone sees nothing that the next finer does not, and torch 2.14's
+    gradient of a convolution over a single pixel differs from run to run on two threads.
+
+    Args:
+        side: The shorter side of the smallest input, pixels.
+    """
     large = machine.device == "cuda"
     value = {"channels": 256, "convs": 4, "levels": 5} if large else {"channels": 128, "convs": 2, "levels": 4}
     if masks and not large:
         value["channels"] = 64
+    value["levels"] = max(3, min(value["levels"], int(math.log2(max(8.0, side / 2) / 8)) + 1))
     reason = (
         "as published"
         if large

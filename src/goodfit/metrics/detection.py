@@ -96,11 +96,11 @@ class DetectionMeter:
     def compute(self) -> dict[str, float]:
         """The loss, and AP over IoU 0.5 to 0.95, at 0.5 and at 0.75, of boxes and of masks; 0 where there is nothing to be found."""
         terms = {name: total / (count or 1.0) for name, (total, count) in self._terms.items()}
-        found = self.evaluation().summary()
-        return {
-            "loss": sum(terms.values()) if terms else math.nan,
-            **{k: max(0.0, found[k]) for k in ("ap", "ap50", "ap75")},
-        }
+        judged = {"": self.evaluation().summary()}
+        if self.masks:
+            judged["mask_"] = evaluate_coco(self.masked, self.num_classes).summary()
+        figures = {f"{kind}{k}": max(0.0, found[k]) for kind, found in judged.items() for k in ("ap", "ap50", "ap75")}
+        return {"loss": sum(terms.values()) if terms else math.nan, **figures}
 
     def evaluation(self) -> Evaluation:
         """Precision and recall of every class, as COCO has them."""

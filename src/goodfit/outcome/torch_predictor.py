@@ -47,8 +47,9 @@ class TorchPredictor(Predictor):
 
 
 def no_export(_network: nn.Module, _letterbox: Any, _path: Path) -> nn.Module:
-    """There is no model.onnx; what the bundle must reproduce is the network itself."""
-    return _network.cpu().float().eval()
+    """There is no model.onnx; what the bundle must reproduce is the network itself, in the memory format of a new one: in another,
+    convolutions round otherwise, which moves the edge of a mask in a large picture by a pixel."""
+    return _network.cpu().float().to(memory_format=torch.contiguous_format).eval()
 
 
 def check_torch_bundle(
