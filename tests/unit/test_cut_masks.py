@@ -58,9 +58,7 @@ def test_average_precision_of_masks_equals_pycocotools():
     images, annotations, results = [], [], []
     for number in range(12):
         there = [blob(draw, (160, 120), 1.0) for _ in range(5)]
-        found = [np.roll(m, draw.integers(-1, 2, 2), (0, 1)) for m in there] + [
-            blob(draw, (160, 120))
-        ]
+        found = [np.roll(m, draw.integers(-1, 2, 2), (0, 1)) for m in there] + [blob(draw, (160, 120))]
         scores, kinds, mine = draw.random(len(found)).round(2), np.arange(len(found)) % 2, np.arange(5) % 2
         crowd = draw.random(5) < 0.15
         cut = [[cut_mask(m) for m in group] for group in (found, there)]

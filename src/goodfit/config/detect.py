@@ -79,7 +79,10 @@ def resolve_detector(
     choose = Chooser(request, base)
     masks, small = data.task == "segment", data.median_side <= SMALL_SIDE
     if base is not None and base.task.value != data.task:
-        raise RequestError(f"plan={request.plan}: this is a plan for the task {base.task.value}.", next=f"give one for the task {data.task}")
+        raise RequestError(
+            f"plan={request.plan}: this is a plan for the task {base.task.value}.",
+            next=f"give one for the task {data.task}",
+        )
     family, backbone = split_model(request.model if base is None or request.model else base.model.value)
     if base is not None and request.pretrained is None:
         same = {"file": base.weights.value, "hub": "true"}.get(base.pretrained.value, "false")
