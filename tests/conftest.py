@@ -8,9 +8,16 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pytest
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
+if WORKER and hasattr(
+    os, "sched_setaffinity"
+):  # before torch counts them: two teams of threads on the same cores wait for each other
+    CORES = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {CORES[int(WORKER.removeprefix("gw")) % len(CORES)]})
 
-from pictures import REAL_DATA, draw, folder_hash, folder_times
+import pytest  # noqa: E402
+
+from pictures import REAL_DATA, draw, folder_hash, folder_times  # noqa: E402
 
 
 @pytest.fixture

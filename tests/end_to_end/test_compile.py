@@ -16,7 +16,7 @@ ASKED = {"model": "test_resnet", "imgsz": 32, "epochs": 3, "batch": 16, "dropout
          "measure": False, "rehearse": False, "suspects": False, "seed": 1}  # fmt: skip
 
 
-pytestmark = pytest.mark.skipif(bool(compiler_problem()), reason="needs a C++ compiler")
+pytestmark = [pytest.mark.alone, pytest.mark.skipif(bool(compiler_problem()), reason="needs a C++ compiler")]
 
 
 def test_a_compiled_run_is_the_eager_one(bars, tmp_path):

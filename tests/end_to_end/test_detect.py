@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,10 @@ from goodfit.api.demo import write_scenes
 from goodfit.core.errors import RequestError
 from goodfit.runtime import Predictor
 
+pytestmark = pytest.mark.alone
+
 SMALL = {"model": "fcos/resnet10t", "pretrained": "false", "batch": 8, "measure": False, "imgsz": 96}
-WORDS = ("model=fcos/resnet10t", "pretrained=false", "epochs=3", "batch=6", "accumulate=4", "mosaic=0.5", "scale=0.4", "multi_scale=0.4", "imgsz=96",
+WORDS = ("model=fcos/resnet10t", "pretrained=false", "epochs=2", "batch=6", "accumulate=4", "mosaic=0.5", "scale=0.4", "multi_scale=0.4", "imgsz=96",
          "deterministic=true", "rehearse=false", "json=true")  # fmt: skip
 
 
@@ -43,7 +46,7 @@ def masked(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(scenes, tmp_path_factory) -> goodfit.Run:
-    return goodfit.train(scenes, project=str(tmp_path_factory.mktemp("runs")), epochs=4, max_bad=0.1, **SMALL)
+    return goodfit.train(scenes, project=str(tmp_path_factory.mktemp("runs")), epochs=2, max_bad=0.1, **SMALL)
 
 
 def test_a_detector_is_trained_tested_and_bundled(finished):
@@ -52,7 +55,7 @@ def test_a_detector_is_trained_tested_and_bundled(finished):
     test = result["metrics"]["test"]
     assert set(test) >= {"n", "low", "high", "look", "ap", "ap50", "ap50_low", "ap50_high"}
     assert 0 <= test["ap50_low"] <= test["ap50"] <= test["ap50_high"] <= 1
-    assert result["steps"] > 0 and result["epochs"] == 4
+    assert result["steps"] > 0 and result["epochs"] == 2
     card = json.loads((finished.bundle / "bundle.json").read_text())
     assert card["parity"]["num_files"] > 5 and 0 < card["threshold"] < 1
     report = (finished.path / "report.html").read_text()
@@ -112,9 +115,9 @@ def run(words, cwd):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-@pytest.mark.parametrize("task", ["detect", "segment"])
+@pytest.mark.parametrize("task", ["detect", pytest.param("segment", marks=pytest.mark.soak)])
 def test_killed_and_resumed_to_the_same_hashes(task, scenes, masked, tmp_path):
-    """Two plain runs agree, and one that is killed on the way and resumed agrees with them; another seed does not."""
+    """A run that is killed on the way and resumed agrees with one that was not."""
     data = scenes if task == "detect" else masked
     more = ("max_bad=0.1",)
     words = [*WORDS, *more]
@@ -127,21 +130,19 @@ def test_killed_and_resumed_to_the_same_hashes(task, scenes, masked, tmp_path):
                                stderr=subprocess.PIPE, text=True)  # fmt: skip
     events = tmp_path / "runs" / "cut" / "events.jsonl"
     while process.poll() is None and not (events.is_file() and '"event": "epoch"' in events.read_text()):
-        pass
+        time.sleep(0.05)
     process.kill()
     process.communicate()
     again = run(["resume", "runs/cut", "workers=0", "json=true"], tmp_path)
     assert again["state_sha256"] == whole["state_sha256"] and again["weights_sha256"] == whole["weights_sha256"]
-    if task == "detect":
-        other = run([*words, "seed=1", "name=other"], tmp_path)
-        assert other["state_sha256"] != whole["state_sha256"]
 
 
 def test_masks_are_learned_and_served_by_torch(masked, tmp_path):
     made = goodfit.train(
         masked,
         project=str(tmp_path),
-        epochs=2,
+        epochs=1,
+        rehearse=False,
         model="maskrcnn/resnet10t",
         pretrained="false",
         batch=4,

@@ -6,6 +6,8 @@ import goodfit
 from goodfit.outcome import bundle
 from goodfit.runtime.latency import Latency, serving_latency
 
+pytestmark = pytest.mark.alone
+
 FAST = {"pretrained": "false", "epochs": 1, "batch": 16, "rehearse": "false", "suspects": "false", "latency_threads": 1}
 
 

@@ -20,6 +20,8 @@ from goodfit.engine.checkpoint import Checkpoints, restore, tensors_sha256
 from goodfit.engine.loop import fit
 from goodfit.engine.stop import StopFlag
 
+pytestmark = pytest.mark.alone
+
 
 def fit_on(parts, folder, journal, settings):
     checkpoints = Checkpoints(folder, {})

@@ -24,6 +24,8 @@ from goodfit.engine.ranks import Ranks
 from goodfit.planning.loading import measure_loading
 from plans import plan_of
 
+pytestmark = pytest.mark.alone
+
 PAUSE = 0.004  # seconds that a slow disk takes for a picture
 
 

@@ -15,6 +15,8 @@ from goodfit.core.journal import Journal
 from goodfit.data.split import subset
 from goodfit.engine.device import find_machine
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture
 def prepared(make_images, tmp_path, monkeypatch):

@@ -15,6 +15,8 @@ import pytest
 
 import goodfit
 
+pytestmark = pytest.mark.alone
+
 # Everything that draws random numbers or keeps state: dropout, mixup, cutmix, averaging, accumulation, uneven micro-batches.
 EVERYTHING = ("model=resnet10t", "epochs=4", "batch=18", "accumulate=4", "dropout=0.3", "mixup=0.2", "cutmix=0.5", "ema=true", "swa=0.5",
               "deterministic=true", "rehearse=false", "suspects=false", "augment=standard", "flip=0.5", "json=true")  # fmt: skip

@@ -18,6 +18,8 @@ from goodfit.engine.checkpoint import Checkpoints, restore, take_snapshot, tenso
 from goodfit.engine.loop import fit
 from goodfit.engine.stop import StopFlag
 
+pytestmark = pytest.mark.alone
+
 ASKED = {"model": "test_resnet", "imgsz": 64, "epochs": 4, "batch": 18, "accumulate": 4, "multi_scale": 0.5,
          "progressive": 0.5, "scale": 0.3, "close_augment": 0.25, "dropout": 0.3, "mixup": 0.2, "cutmix": 0.5,
          "pretrained": "false", "precision": "fp32", "measure": False, "augment": "standard", "cache": "ram"}  # fmt: skip

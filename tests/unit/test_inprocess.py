@@ -19,6 +19,8 @@ from goodfit.models.groups import ParameterGroup
 from goodfit.planning import measure
 from goodfit.planning.inprocess import copied_state, measure_batches_here
 
+pytestmark = pytest.mark.alone
+
 SIZES, LIMIT = (16, 32, 64, 128, 256, 512), 100
 ERRORS = (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory"))
 

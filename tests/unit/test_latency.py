@@ -23,6 +23,8 @@ from goodfit.core.errors import ExportError
 from goodfit.outcome import bundle
 from goodfit.runtime.latency import Latency, serving_latency
 
+pytestmark = pytest.mark.alone
+
 
 def cost_of(model="a", imgsz=160, p95=5.0, preparing=1.0, problem=""):
     return LatencyCost(model=model, imgsz=imgsz, threads=1, p50=p95, p95=p95, preparing=preparing, problem=problem)
