@@ -10,11 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import goodfit
+from goodfit.api.decide import decide
 from goodfit.api.demo import write_scenes
+from goodfit.api.detect_parts import assemble_detector
+from goodfit.api.prepare import read_and_audit
+from goodfit.config.parse import parse_request
 from goodfit.core.errors import RequestError
+from goodfit.core.journal import Journal
 from goodfit.runtime import Predictor
 
 pytestmark = pytest.mark.alone
@@ -207,3 +214,38 @@ def test_a_detector_is_trained_again_by_its_plan(finished, scenes, tmp_path):
     assert {n: d.value for n, d in again.decisions().items()} == {
         n: d.value for n, d in finished.plan.decisions().items()
     }
+
+
+def test_a_detector_goes_on_from_another(finished, scenes, tmp_path):
+    """All weights are taken; of the class layers, the rows of the classes that both know by name."""
+    notes = json.loads((scenes / "annotations.json").read_text())
+    kept = {c["id"]: c for c in notes["categories"] if c["name"] in "0123456"}
+    kept[1]["name"] = "none of them"
+    folder = tmp_path / "fewer"
+    folder.mkdir()
+    (folder / "images").symlink_to(scenes / "images")
+    notes["categories"] = list(kept.values())
+    notes["annotations"] = [a for a in notes["annotations"] if a["category_id"] in kept]
+    (folder / "annotations.json").write_text(json.dumps(notes))
+    request = parse_request(
+        {
+            "data": str(folder),
+            "pretrained": str(finished.path),
+            "max_bad": 0.1,
+            "measure": False,
+            "imgsz": 96,
+            "freeze": "off",
+        }
+    )
+    audited = read_and_audit(request, Journal(None))
+    plan = decide(request, audited, Journal(None))
+    assert plan.model.value == "fcos/resnet10t" and plan.weights.value.endswith("bundle/model.safetensors")
+    parts = assemble_detector(plan, audited.index)
+    assert parts.weights is not None and parts.weights.known == tuple("123456")
+    old, new = load_file(str(finished.bundle / "model.safetensors")), parts.state.model.state_dict()
+    layer = "head.classification_head.cls_logits.weight"
+    names = list(audited.index.class_names)
+    for digit in "123456":
+        assert torch.equal(new[layer][names.index(digit)], old[layer][Predictor(finished.bundle).labels.index(digit)])
+    assert not any(torch.equal(new[layer][names.index("none of them")], row) for row in old[layer])
+    assert torch.equal(new["pyramid.fpn.inner_blocks.0.0.weight"], old["pyramid.fpn.inner_blocks.0.0.weight"])

@@ -9,7 +9,7 @@ from goodfit.api.detect_parts import assemble_detector
 from goodfit.api.prepare import Audited, data_facts, stage
 from goodfit.config.detect import NEUTRAL, STEP, resolve_detect, resolve_detector, split_model
 from goodfit.config.execution import ways_to_execute
-from goodfit.config.facts import Facts
+from goodfit.config.facts import Facts, ModelFacts
 from goodfit.config.measured import Measured
 from goodfit.config.plan import Decision, Plan
 from goodfit.config.request import TrainRequest
@@ -17,6 +17,7 @@ from goodfit.config.resolve import data_decisions
 from goodfit.core.journal import Journal
 from goodfit.engine.device import find_machine
 from goodfit.models.catalog import look_up
+from goodfit.models.detection.transfer import DetectorCard, read_detector_card
 from goodfit.planning.inprocess import measure_ways_here
 
 MEASURE_PAYS = 120.0  # projected seconds of a run from which ways to execute the step are compared ...
@@ -32,10 +33,17 @@ def decide_detector(request: TrainRequest, audited: Audited, journal: Journal, b
     """
     with stage(journal, "plan") as note:
         data, machine = data_facts(request, audited, base), find_machine(request.device)
+        card = read_detector_card(request.pretrained) if request.pretrained else None
+        if card is not None and request.model is None:
+            request = replace(request, model=card.model)
         name, pretrained = resolve_detector(request, data, machine, base)
         family, backbone = split_model(name.value)
-        found = look_up(backbone, pretrained.value, asked=pretrained.source == "asked")
-        if found.weights_problem:  # the rule may take another backbone where there are no weights
+        found = (
+            _of_card(card)
+            if card is not None
+            else look_up(backbone, pretrained.value, asked=pretrained.source == "asked")
+        )
+        if found.weights_problem and card is None:  # the rule may take another backbone where there are no weights
             name, _ = resolve_detector(request, data, machine, base, weights=False)
             found = replace(
                 look_up(split_model(name.value)[1], "false", asked=False), weights_problem=found.weights_problem
@@ -61,6 +69,13 @@ def decide_detector(request: TrainRequest, audited: Audited, journal: Journal, b
         licence = plan.weights.reason if plan.weights.value else "no pretrained weights"
         note.text = f"{plan.model.value}, backbone of {model.num_parameters / 1e6:.1f} M parameters; {licence}; on {machine.device_name}"
     return plan
+
+
+def _of_card(card: DetectorCard) -> ModelFacts:
+    """The facts of a detector that goes on from another one's weights."""
+    found = look_up(split_model(card.model)[1], "false", asked=False)
+    return replace(found, weights=str(card.file), weights_kind="file", licence=card.licence, labels=card.labels, mean=card.letterbox.mean,
+                   std=card.letterbox.std)  # fmt: skip
 
 
 def shown_decisions(plan: Plan) -> dict[str, Decision[object]]:

@@ -15,6 +15,7 @@ from goodfit.models.detection.fcos import Fcos, FcosNetwork
 from goodfit.models.detection.pyramid import Pyramid
 from goodfit.models.detection.rcnn import Rcnn, RcnnNetwork
 from goodfit.models.detection.retinanet import RetinaNet, RetinaNetwork
+from goodfit.models.detection.transfer import load_detector, read_detector_card
 from goodfit.models.weights import WeightReport, load_weights, weight_file
 
 
@@ -43,7 +44,7 @@ def make_network(
 
 
 def build_detector(plan: Plan, class_names: Sequence[str]) -> tuple[nn.Module, WeightReport | None]:
-    """The detector of a plan, initialised from its seed, with the pretrained weights of its backbone loaded.
+    """The detector of a plan, initialised from its seed, with the pretrained weights of its backbone loaded, or of a whole detector.
 
     Raises:
         RequestError: the backbone does not fit under a feature pyramid.
@@ -53,6 +54,14 @@ def build_detector(plan: Plan, class_names: Sequence[str]) -> tuple[nn.Module, W
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed.value)
         network: Any = make_network(family, backbone, num_classes=len(class_names), **plan.detector.value)
-    report = load_weights(network.pyramid.body, weight_file(plan)) if plan.pretrained.value != "false" else None
+    if plan.pretrained.value == "false":
+        network.pyramid.prune()
+        return network, None
+    file = weight_file(plan)
+    card = read_detector_card(str(file))
+    if card is not None:
+        network.pyramid.prune()
+        return network, load_detector(network, card, class_names)
+    report = load_weights(network.pyramid.body, file)
     network.pyramid.prune()
     return network, report

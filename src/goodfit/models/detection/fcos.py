@@ -13,6 +13,7 @@ from torch import nn
 
 from goodfit.models.detection.family import OneStage, Shape, Terms, cut_at_edges
 from goodfit.models.detection.pyramid import Pyramid
+from goodfit.models.detection.transfer import ClassLayer
 
 RADIUS = 1.5  # strides around an object's centre within which places answer for it
 FAR = 8.0  # strides: the largest distance to a side that a level answers for; half of it is the smallest, but for the first
@@ -28,6 +29,7 @@ class FcosNetwork(nn.Module):
         from torchvision.models.detection.fcos import FCOSHead
 
         self.pyramid = pyramid
+        self.class_layers = (ClassLayer("head.classification_head.cls_logits"),)
         self.head = FCOSHead(channels, 1, num_classes, num_convs)
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:

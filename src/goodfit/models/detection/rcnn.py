@@ -14,6 +14,7 @@ from torch import nn
 from goodfit.models.detection.choose import Found
 from goodfit.models.detection.family import Family, Terms, listed, shape_of
 from goodfit.models.detection.pyramid import Pyramid
+from goodfit.models.detection.transfer import ClassLayer
 from goodfit.runtime.detections import Selection
 
 ANCHOR = 2.0  # strides: side of a level's smaller anchors; the larger are half an octave above
@@ -44,6 +45,11 @@ class RcnnNetwork(nn.Module):
         self.rpn = RegionProposalNetwork(
             anchors, RPNHead(channels, 2 * len(RATIOS)), 0.7, 0.3, 256, 0.5, counts, counts, 0.7
         )
+        layers = [ClassLayer("roi_heads.box_predictor.cls_score", background=True),
+                  ClassLayer("roi_heads.box_predictor.bbox_pred", background=True, inner=4)]  # fmt: skip
+        if masks:
+            layers.append(ClassLayer("roi_heads.mask_predictor.mask_fcn_logits", background=True))
+        self.class_layers = tuple(layers)
         pooled = [str(level) for level in range(min(4, len(sizes)))]
         mask_parts: dict[str, Any] = {}
         if masks:

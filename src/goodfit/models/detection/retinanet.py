@@ -10,6 +10,7 @@ from torch import nn
 
 from goodfit.models.detection.family import OneStage, Shape, Terms, cut_at_edges, listed
 from goodfit.models.detection.pyramid import Pyramid
+from goodfit.models.detection.transfer import ClassLayer
 
 ANCHOR = 4.0  # strides: side of a level's smallest anchor; two more lie a third and two thirds of an octave above
 RATIOS = (0.5, 1.0, 2.0)
@@ -30,6 +31,9 @@ class RetinaNetwork(nn.Module):
         sizes = tuple(tuple(ANCHOR * stride * 2 ** (third / 3) for third in range(3)) for stride in pyramid.strides)
         self.anchors = AnchorGenerator(sizes, (RATIOS,) * len(sizes))
         self.head = RetinaNetHead(channels, self.anchors.num_anchors_per_location()[0], num_classes)
+        self.class_layers = (
+            ClassLayer("head.classification_head.cls_logits", outer=self.anchors.num_anchors_per_location()[0]),
+        )
         for part in (self.head.classification_head, self.head.regression_head):
             part.conv = part.conv[:num_convs]
 
