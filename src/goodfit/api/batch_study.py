@@ -279,7 +279,8 @@ def train_trials(
             parts = assemble(plan, index)
             first = first or parts
             first.store.warm(plan.threads.value)
-            parts.train.samples = replace(parts.train.samples, store=first.store)
+            samples: Any = parts.train.samples
+            parts.train.samples = replace(samples, store=first.store)
             start = time.monotonic()
             try:
                 fit(parts.state, parts.context, parts.train, first.val, settings=parts.settings, checkpoints=_Unsaved(folder),

@@ -91,7 +91,8 @@ def write_scenes(folder: Path, *, masks: bool, num: int = SCENES) -> None:
         return
     digits = _digits()
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number in range(num):
         pixels, found = _scene(digits, number)
         name = f"{number:04d}.png"

@@ -92,7 +92,7 @@ def _weights(facts: Facts, name: Decision[str], pretrained: Decision[str]) -> di
     if pretrained.value != "false":
         reason, source = (f"from scratch, because {model.weights_problem}; a backbone that has seen photos learns far better: pass "
                           "pretrained=FILE.safetensors"), "measured"  # fmt: skip
-    return {"model": name, "pretrained": Decision("false", reason, source), "weights": Decision("", "none", "rule")}  # type: ignore[arg-type]
+    return {"model": name, "pretrained": Decision("false", reason, source), "weights": Decision("", "none", "rule")}
 
 
 def _measured(request: TrainRequest, facts: Facts, plan: Plan, audited: Audited) -> Facts:

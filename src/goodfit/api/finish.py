@@ -96,6 +96,7 @@ def describe_gap(train: dict[str, float], best: dict[str, Any] | None) -> str:
 
 
 def precisely(plan: Plan) -> DevicePolicy:
+    """The plan's device in float32: what is tested and served."""
     return DevicePolicy(kind=plan.device.value, precision="fp32", channels_last=plan.channels_last.value)
 
 

@@ -159,7 +159,7 @@ def resolve_detect(
         rehearse=choose("rehearse", True, "a minute now against a night lost"),
         **{name: Decision(value, "means nothing for a detector", "rule") for name, value in NEUTRAL.items()},
         measured=facts.measured if base is None else base.measured,
-    )  # type: ignore[arg-type]
+    )
 
 
 def _image_size(choose: Chooser, data: DataFacts, machine: MachineFacts) -> Decision[int]:

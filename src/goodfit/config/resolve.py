@@ -112,7 +112,7 @@ def resolve(request: TrainRequest, facts: Facts, base: Plan | None = None) -> Pl
     regularisation = _regularisation(choose, data, model, pretrained, varies=inputs.varies)
     return Plan(
         **data_decisions(request, data, base),
-        **model_decisions(request, facts, base),
+        **_model_decisions(request, facts, base),
         imgsz=imgsz,
         preprocessing=_preprocessing(imgsz.value, model, pretrained),
         detector=Decision({}, "one class per image", "rule"),
@@ -141,6 +141,7 @@ def _figures(measured: Measured | None, base: Plan | None) -> Measured | None:
 
 
 def data_decisions(request: TrainRequest, data: DataFacts, base: Plan | None) -> dict[str, Any]:
+    """What was decided about the data, by the names in the plan."""
     plan = resolve_data(request, base)
     split = plan.split
     if data.given_splits:
@@ -160,7 +161,7 @@ def data_decisions(request: TrainRequest, data: DataFacts, base: Plan | None) ->
     }
 
 
-def model_decisions(request: TrainRequest, facts: Facts, base: Plan | None) -> dict[str, Any]:
+def _model_decisions(request: TrainRequest, facts: Facts, base: Plan | None) -> dict[str, Any]:
     model = facts.model
     plan = resolve_model(request, facts.data, facts.machine, base, weights=not model.weights_problem)
     name = Decision(model.name, plan.model.reason, plan.model.source)

@@ -14,6 +14,7 @@ import torch
 from goodfit.core.random import derive_seed, permutation, stream, uniform
 from goodfit.data.augment import colour_factors
 from goodfit.runtime.images import Preprocessing
+from goodfit.runtime.letterbox import Letterbox
 
 _MIX = stream("mix")
 _ERASE = stream("erase")
@@ -30,7 +31,7 @@ class ImageBatchTransform:
 
     """
 
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing | Letterbox
     num_classes: int
     colour: float
     erase: float

@@ -15,7 +15,7 @@ import signal
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -186,6 +186,31 @@ class TrainSamples:
         return MicroBatch(samples, self.collate(made.transpose(0, 3, 1, 2), self.index.targets[rows]))
 
 
+class SampleMaker(Protocol):
+    """What makes the augmented samples of any epoch: pictures of one class, or scenes of objects."""
+
+    @property
+    def index(self) -> DatasetIndex: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def sizes(self) -> InputSizes | None: ...
+
+    def size_of(self, epoch: int, number: int, *, closing: bool = False) -> int: ...
+
+    def micro_batch(
+        self,
+        epoch: int,
+        samples: npt.NDArray[np.int64],
+        *,
+        size: int | None = None,
+        closing: bool = False,
+        threads: int = 1,
+    ) -> MicroBatch: ...
+
+
 class TrainLoader:
     """Groups of micro-batches, one group per update.
 
@@ -204,7 +229,7 @@ class TrainLoader:
     """
 
     def __init__(
-        self, samples: TrainSamples, rows: npt.NDArray[np.int64], *, batch: int, workers: int, threads: int = 1,
+        self, samples: SampleMaker, rows: npt.NDArray[np.int64], *, batch: int, workers: int, threads: int = 1,
         prefetch: int = 2, balance: bool = False, rank: int = 0, size: int = 1,
     ) -> None:  # fmt: skip
         self.samples = samples
@@ -227,7 +252,8 @@ class TrainLoader:
         first batch on, which is the largest."""
         made = copy.copy(self)
         if self.samples.sizes is not None:
-            made.samples = replace(self.samples, sizes=replace(self.samples.sizes, even=True))
+            samples: Any = self.samples
+            made.samples = replace(samples, sizes=replace(self.samples.sizes, even=True))
         return made
 
     def step_samples(self, epoch: int, position: int) -> npt.NDArray[np.int64]:
@@ -285,7 +311,7 @@ def _ignore_signals(_worker: int) -> None:
 class _EpochChunks:
     """One item per micro-batch, for torch's DataLoader, which then only starts processes and keeps the order."""
 
-    samples: TrainSamples
+    samples: SampleMaker
     epoch: int
     chunks: list[Chunk]
     closing: bool

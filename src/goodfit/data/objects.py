@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -76,8 +78,8 @@ class MaskBook:
 
 
 def padded(
-    rows: list[npt.NDArray[np.generic]], fill: float, dtype: npt.DTypeLike, *, width: tuple[int, ...] = ()
-) -> npt.NDArray[np.generic]:
+    rows: Sequence[npt.NDArray[Any]], fill: float, dtype: npt.DTypeLike, *, width: tuple[int, ...] = ()
+) -> npt.NDArray[Any]:
     """Arrays of unequal length as one, filled up behind. Shape: (N, longest, *width)."""
     longest = max((len(r) for r in rows), default=0)
     made = np.full((len(rows), longest, *width), fill, dtype)

@@ -242,6 +242,7 @@ def evaluate_coco(images: Sequence[ImageObjects], num_classes: int) -> Evaluatio
     judge.evaluate()
     judge.accumulate()
     made = judge.eval
+    assert made is not None
     return Evaluation(
         precision=np.asarray(made["precision"], np.float64), recall=np.asarray(made["recall"], np.float64)
     )

@@ -82,13 +82,13 @@ class Exporter:
         export: Writes model.onnx from network, preprocessing and path; returns what the file must reproduce.
         check: Compares a predictor with that on image files; raises ExportError where they differ.
         script: predict.py of the bundle.
-        open: The predictor of a bundle's folder, with so many threads.
+        open: The predictor of a bundle's folder, with so many threads; None is `Predictor`.
     """
 
     export: Callable[[nn.Module, Any, Path], Any]
     check: Callable[[Predictor, Any, Sequence[bytes], Sequence[str]], dict[str, Any]]
     script: str
-    open: Callable[..., Predictor] = Predictor
+    open: Callable[..., Predictor] | None = None
 
 
 def write_bundle(
@@ -126,7 +126,7 @@ def write_bundle(
         save_file(tensors, str(folder / "model.safetensors"))
         reference = draft_bundle(folder, network, preprocessing, card, exporter.export)
         made.update(read_json(folder / "bundle.json"))
-        made["parity"] = exporter.check(exporter.open(folder), reference, [*files, *odd.values()], [*names, *odd])
+        made["parity"] = exporter.check((exporter.open or Predictor)(folder), reference, [*files, *odd.values()], [*names, *odd])
         made["latency"] = check_latency(folder, served, exporter.open)
         (folder / MANIFEST).unlink()
         write_json(folder / "bundle.json", made)
@@ -159,7 +159,7 @@ def draft_bundle(
     return reference
 
 
-def check_latency(folder: Path, served: Served, open_: Callable[..., Predictor] = Predictor) -> dict[str, Any]:
+def check_latency(folder: Path, served: Served, open_: Callable[..., Predictor] | None = None) -> dict[str, Any]:
     """Time one image after another from the bytes of its file, and compare with the limit, if there is one.
 
     Over the limit, it is measured up to three times, with pauses, before it counts: the machine may have been busy.
@@ -170,7 +170,7 @@ def check_latency(folder: Path, served: Served, open_: Callable[..., Predictor] 
     Raises:
         ExportError: the 95th percentile is over the limit, by more than two measurements differ.
     """
-    predictor = open_(folder, threads=served.threads)
+    predictor = (open_ or Predictor)(folder, threads=served.threads)
     files = [path.read_bytes() for path in served.files]
     found = serving_latency(predictor, files, rounds=ROUNDS if served.limit else 2)
     for pause in PAUSES if served.limit else ():

@@ -65,11 +65,11 @@ def plot_found(
                      f"found: {int(sure.sum())}\nmissed {len(missed)}, false alarms {len(alarms)}"]  # fmt: skip
     if sheet:
         contact_sheet([_reduced(p) for p in sheet], captions, columns=2).save(folder / "found.png")
-    missed = [(_area(images[n].true_boxes[k]), n, k) for n, (lost, _) in enumerate(judged) for k in lost]
-    alarms = [(float(images[n].scores[k]), n, k) for n, (_, wrong) in enumerate(judged) for k in wrong]
+    lost = [(_area(images[n].true_boxes[k]), n, k) for n, (missing, _) in enumerate(judged) for k in missing]
+    wrong = [(float(images[n].scores[k]), n, k) for n, (_, found) in enumerate(judged) for k in found]
     for name, chosen, truth in (
-        ("missed", sorted(missed, reverse=True), True),
-        ("false_alarms", sorted(alarms, reverse=True), False),
+        ("missed", sorted(lost, reverse=True), True),
+        ("false_alarms", sorted(wrong, reverse=True), False),
     ):
         cuts, texts = [], []
         for value, n, k in chosen[:NUM_WORST]:
@@ -77,7 +77,9 @@ def plot_found(
             kind = int(images[n].true_classes[k] if truth else images[n].classes[k])
             cuts.append(_cut(decode_image(index.file(int(rows[n]))), box, class_colour(kind)))
             texts.append(
-                f"{index.class_names[kind]}" + ("" if truth else f" {value:.2f}") + f"\n{index.name(int(rows[n]))}"
+                f"{index.class_names[kind]}"
+                + ("" if truth else f" {value:.2f}")
+                + f"\n{Path(index.name(int(rows[n]))).name}"
             )
         if cuts:
             contact_sheet(cuts, texts, columns=4).save(folder / f"{name}.png")

@@ -142,9 +142,7 @@ def check_parity(
     Raises:
         ExportError: a difference is over the tolerance, or a predicted class differs.
     """
-    pixels = np.stack(
-        [predictor.preprocessing.pixels(data, where=name) for data, name in zip(files, names, strict=True)]
-    )
+    pixels = np.stack([predictor.pixels(data, where=name) for data, name in zip(files, names, strict=True)])
     with torch.inference_mode():
         expected = torch.cat([reference(torch.from_numpy(p[None])) for p in pixels]).numpy()
     tolerance = TOLERANCE * max(1.0, float(np.abs(expected).max()))

@@ -75,7 +75,7 @@ def paste_mask(probabilities: npt.NDArray[np.floating], box: Sequence[float], si
     return CutMask(left, top, down @ ringed @ across.T >= SURE)
 
 
-def _weights(places: npt.NDArray[np.float64], cells: int) -> npt.NDArray[np.float64]:
+def _weights(places: npt.NDArray[np.floating], cells: int) -> npt.NDArray[np.float64]:
     """What each cell counts at each place, linearly between the two nearest. Shape: (places, cells)."""
     return np.clip(1.0 - np.abs(places[:, None] - np.arange(cells)[None, :]), 0.0, 1.0)
 

@@ -147,7 +147,7 @@ class Predictor:
         self, outputs: tuple[npt.NDArray[np.float32], ...], row: dict[str, Any], threshold: float
     ) -> dict[str, Any]:
         if isinstance(self.preprocessing, Letterbox):
-            boxes, scores, classes, _ = self.objects(*outputs, threshold)
+            boxes, scores, classes, _ = self.objects(outputs[0], outputs[1], threshold)
             return {"objects": self.told(boxes, scores, classes, row, threshold)}
         probabilities = softmax(outputs[0])
         best = int(probabilities.argmax())

@@ -64,15 +64,18 @@ class OneStage(Family):
         """Boxes in the input (N, A, 4), cut at its edges, and scores from 0 to 1 (N, A, classes)."""
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> Terms:
+        """As `Family` has it."""
         return self.terms(model, model(batch["image"]), batch["boxes"], batch["classes"], shape_of(batch["image"]))
 
     def predict(self, model: nn.Module, batch: dict[str, Any], how: Selection) -> tuple[list[Found], Terms]:
+        """As `Family` has it."""
         outputs, shape = model(batch["image"]), shape_of(batch["image"])
         boxes, scores = self.decode(model, outputs, shape)
         found = [choose_objects(b, s, how) for b, s in zip(boxes, scores, strict=True)]
         return found, self.terms(model, outputs, batch["boxes"], batch["classes"], shape) if "boxes" in batch else {}
 
     def candidates(self, model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Boxes and scores, as `decode` gives them."""
         return self.decode(model, model(images), shape_of(images))
 
 

@@ -113,10 +113,12 @@ class Rcnn(Family):
     exports: bool = False
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> Terms:
+        """The terms of both stages."""
         losses, _ = model(batch["image"], self._targets(batch))
         return _weighed(losses, len(batch["image"]))
 
     def predict(self, model: nn.Module, batch: dict[str, Any], how: Selection) -> tuple[list[Found], Terms]:
+        """What the second stage finds, and the terms of both."""
         losses, made = model(batch["image"], self._targets(batch) if "boxes" in batch else None, find=True)
         found = []
         for one in made:
