@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 import goodfit
-from goodfit.api.assemble import EVAL_BATCH, Parts, execution, run_hashes
+from goodfit.api.assemble import EVAL_BATCH, Parts, execution
 from goodfit.api.finish import load_best
 from goodfit.api.train import reopen
 from goodfit.core.journal import Journal
@@ -48,7 +48,7 @@ def trained(data: Path, runs: Path, arm: str, seed: int, words: list[str]) -> go
 def judged(run: goodfit.Run, shares: list[float]) -> dict[tuple[str, float], float]:
     """Accuracy in per cent of a run's best weights, in float32, for each split and share of its image size."""
     parts = reopen(run, Journal(None))
-    checkpoints = Checkpoints(run.path / "checkpoints", run_hashes(parts.plan, parts.index))
+    checkpoints = Checkpoints(run.path / "checkpoints", parts.hashes)
     snapshot = checkpoints.latest()
     assert snapshot is not None
     restore(parts.state, snapshot)
