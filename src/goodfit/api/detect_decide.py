@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
+import torch
+
 from goodfit.api.detect_parts import assemble_detector
 from goodfit.api.prepare import Audited, data_facts, stage
 from goodfit.config.detect import NEUTRAL, STEP, resolve_detect, resolve_detector, split_model
@@ -16,7 +18,9 @@ from goodfit.config.request import TrainRequest
 from goodfit.config.resolve import data_decisions
 from goodfit.core.journal import Journal
 from goodfit.engine.device import find_machine
+from goodfit.engine.freezing import plan_freezing
 from goodfit.models.catalog import look_up
+from goodfit.models.detection.build import make_network
 from goodfit.models.detection.transfer import DetectorCard, read_detector_card
 from goodfit.planning.inprocess import measure_ways_here
 
@@ -59,6 +63,7 @@ def decide_detector(request: TrainRequest, audited: Audited, journal: Journal, b
             task, "the data has masks" if task == "segment" else "the data has boxes", decided["task"].source
         )
         plan = resolve_detect(request, facts, decided, base)
+        _check_freezing(plan)
         if base is None and request.measure is not False and not plan.deterministic.value:
             facts = _measured(request, facts, plan, audited)
             plan = resolve_detect(request, facts, decided, base)
@@ -69,6 +74,14 @@ def decide_detector(request: TrainRequest, audited: Audited, journal: Journal, b
         licence = plan.weights.reason if plan.weights.value else "no pretrained weights"
         note.text = f"{plan.model.value}, backbone of {model.num_parameters / 1e6:.1f} M parameters; {licence}; on {machine.device_name}"
     return plan
+
+
+def _check_freezing(plan: Plan) -> None:
+    """Refuse what the network cannot freeze, before anything is made."""
+    if plan.freeze.value:
+        with torch.device("meta"):
+            network = make_network(*split_model(plan.model.value), num_classes=1, **plan.detector.value)
+        plan_freezing(network, freeze=plan.freeze.value, unfreeze=plan.unfreeze.value, steps_per_epoch=1)
 
 
 def _of_card(card: DetectorCard) -> ModelFacts:

@@ -7,7 +7,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from goodfit.api.detect_decide import shown_decisions
-from goodfit.api.detect_parts import DetectParts
+from goodfit.api.detect_parts import JUDGED, DetectParts
 from goodfit.api.finish import LR, NUM_PICTURES, commands, describe_latency, precisely, rate, served_files
 from goodfit.api.folder import AUDIT, Run
 from goodfit.api.prepare import stage
@@ -39,7 +39,6 @@ from goodfit.outcome.torch_predictor import TorchPredictor, check_torch_bundle, 
 from goodfit.planning.projection import describe_outcome
 
 _PARITY = stream("parity")
-TRAIN_SAMPLES = 100  # training pictures that the finished model is measured on, at most
 SHOWN = ("ap", "ap50", "ap75")
 MASKS = ("mask_ap", "mask_ap50", "mask_ap75")
 
@@ -85,7 +84,7 @@ def threshold_stage(run: Run, parts: DetectParts, journal: Journal) -> dict[str,
     with stage(journal, "threshold") as note:
         num = len(parts.index.class_names)
         threshold, f1 = choose_threshold(_judge(parts, parts.val.rows).images, num)
-        rows = parts.train.rows[:: max(1, len(parts.train.rows) // TRAIN_SAMPLES)][:TRAIN_SAMPLES]
+        rows = parts.train.rows[:: max(1, len(parts.train.rows) // JUDGED)][:JUDGED]
         train = {**_judge(parts, rows).compute(), "n": len(rows)}
         best = parts.state.progress.best
         val = best["metrics"]["ap50"] if best else 0.0

@@ -29,6 +29,9 @@ from goodfit.runtime.letterbox import Letterbox
 from goodfit.tasks.detect import DetectTask
 
 
+JUDGED = 100  # training pictures that the finished model is measured on, at most
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DetectParts(ImageParts):
     """The parts of a detector's run."""
@@ -39,8 +42,8 @@ class DetectParts(ImageParts):
 
     @property
     def num_served(self) -> int:
-        """The test looks at its own pictures."""
-        return len(self.index.rows("test"))
+        """The test looks at its own pictures, the threshold at those of validation and at some of training."""
+        return len(self.index.rows("test")) + len(self.index.rows("val")) + min(JUDGED, len(self.train.rows))
 
     def eval_loader(self, rows: npt.NDArray[np.int64]) -> SceneReader:
         """Any rows through the serving path, from their files."""

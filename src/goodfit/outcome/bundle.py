@@ -126,7 +126,9 @@ def write_bundle(
         save_file(tensors, str(folder / "model.safetensors"))
         reference = draft_bundle(folder, network, preprocessing, card, exporter.export)
         made.update(read_json(folder / "bundle.json"))
-        made["parity"] = exporter.check((exporter.open or Predictor)(folder), reference, [*files, *odd.values()], [*names, *odd])
+        made["parity"] = exporter.check(
+            (exporter.open or Predictor)(folder), reference, [*files, *odd.values()], [*names, *odd]
+        )
         made["latency"] = check_latency(folder, served, exporter.open)
         (folder / MANIFEST).unlink()
         write_json(folder / "bundle.json", made)

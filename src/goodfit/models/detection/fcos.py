@@ -16,6 +16,7 @@ from goodfit.models.detection.pyramid import Pyramid
 from goodfit.models.detection.transfer import ClassLayer
 
 RADIUS = 1.5  # strides around an object's centre within which places answer for it
+EPSILON = 1e-7  # of torchvision
 FAR = 8.0  # strides: the largest distance to a side that a level answers for; half of it is the smallest, but for the first
 
 
@@ -81,28 +82,37 @@ class Fcos(OneStage):
     ) -> Terms:
         """Focal loss over all places; GIoU loss and centredness over those that answer for an object. Each counts by those."""
         del model
-        from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+        from torchvision.ops import sigmoid_focal_loss
 
         logits, sides, centre = (outputs[k].float() for k in ("classes", "sides", "centre"))
         points, strides, levels = self.places(shape, logits.device)
-        boxes = boxes.to(logits.dtype)
+        boxes, classes = _at_least_one(boxes.to(logits.dtype), classes)
         matched = torch.stack([self._match(points, strides, levels, b, c) for b, c in zip(boxes, classes, strict=True)])
-        image, place = torch.nonzero(matched >= 0, as_tuple=True)
-        chosen = matched[image, place]
-        targets = torch.zeros_like(logits)
-        targets[image, place, classes[image, chosen]] = 1.0
-        focal = sigmoid_focal_loss(logits, targets, reduction="sum")
-        at, size = points[place], strides[place].unsqueeze(1)
-        wanted = torch.cat([at - boxes[image, chosen, :2], boxes[image, chosen, 2:] - at], dim=1) / size
-        predicted = sides[image, place]
-        overlap = generalized_box_iou_loss(_as_boxes(at, size * predicted), boxes[image, chosen], reduction="sum")
-        x, y = wanted[:, [0, 2]], wanted[:, [1, 3]]
-        middle = torch.sqrt((x.amin(1) / x.amax(1)) * (y.amin(1) / y.amax(1)))
-        centred = nn.functional.binary_cross_entropy_with_logits(centre[image, place], middle, reduction="sum")
+        answers = (
+            matched >= 0
+        )  # all places are computed and the others left out after: to pick them would wait for the device
+        chosen = matched.clamp(min=0)
+        kinds = classes.gather(1, chosen).clamp(min=0)
+        targets = nn.functional.one_hot(kinds, logits.shape[2]) * answers.unsqueeze(2)
+        focal = sigmoid_focal_loss(logits, targets.to(logits.dtype), reduction="sum")
+        size = strides.unsqueeze(1)
+        wanted = boxes.gather(1, chosen.unsqueeze(2).expand(-1, -1, 4))
+        wanted = torch.where(
+            answers.unsqueeze(2), wanted, _as_boxes(points, size.expand(-1, 4))
+        )  # any box around the place
+        away = torch.cat([points - wanted[..., :2], wanted[..., 2:] - points], dim=2) / size
+        overlap = generalized_iou(_as_boxes(points, size * sides), wanted)
+        x, y = away[..., [0, 2]], away[..., [1, 3]]
+        middle = torch.sqrt((x.amin(2) / x.amax(2)) * (y.amin(2) / y.amax(2)))
+        centred = nn.functional.binary_cross_entropy_with_logits(centre, middle, reduction="none")
         # Where nothing is to be found, the library divides by 1. A batch in parts has one count, so 1 would be one too many in
         # each part: the step takes 1 for a count of 0 over all parts.
-        count = torch.tensor(len(image), device=logits.device)
-        return {"classes": (focal, count), "boxes": (overlap, count), "centre": (centred, count)}
+        count = answers.sum()
+        return {
+            "classes": (focal, count),
+            "boxes": (((1 - overlap) * answers).sum(), count),
+            "centre": ((centred * answers).sum(), count),
+        }
 
     def _match(
         self,
@@ -114,8 +124,6 @@ class Fcos(OneStage):
     ) -> torch.Tensor:
         """The object that each place answers for, -1 for none: the smallest of those whose middle is near and whose sides lie
         at a distance that its level is for. Shape: (A,)."""
-        if boxes.shape[0] == 0:
-            return torch.full_like(levels, -1)
         middle = (boxes[:, :2] + boxes[:, 2:]) / 2
         near = (points[:, None] - middle[None]).abs().amax(2) < self.radius * strides[:, None]
         distances = torch.cat([points[:, None] - boxes[None, :, :2], boxes[None, :, 2:] - points[:, None]], dim=2)
@@ -142,3 +150,23 @@ class Fcos(OneStage):
 def _as_boxes(points: torch.Tensor, sides: torch.Tensor) -> torch.Tensor:
     """Boxes around points from the distances to the left, top, right and bottom."""
     return torch.cat([points - sides[..., :2], points + sides[..., 2:]], dim=-1)
+
+
+def _at_least_one(boxes: torch.Tensor, classes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Padded objects with one row at least, so that there is something to choose from."""
+    if boxes.shape[1]:
+        return boxes, classes
+    return boxes.new_zeros(len(boxes), 1, 4), classes.new_full((len(classes), 1), -1)
+
+
+def generalized_iou(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Of pairs of boxes (..., 4), after Rezatofighi et al. 2019: the overlap, less the share of the box around both that neither
+    covers. As torchvision's loss has it, which picks by masks and so waits for the device."""
+    shared = _area(torch.maximum(first[..., :2], second[..., :2]), torch.minimum(first[..., 2:], second[..., 2:]))
+    union = _area(first[..., :2], first[..., 2:]) + _area(second[..., :2], second[..., 2:]) - shared
+    around = _area(torch.minimum(first[..., :2], second[..., :2]), torch.maximum(first[..., 2:], second[..., 2:]))
+    return shared / (union + EPSILON) - (around - union) / (around + EPSILON)
+
+
+def _area(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    return (high - low).clamp(min=0.0).prod(dim=-1)
