@@ -28,7 +28,6 @@ from goodfit.models.groups import parameter_groups
 from goodfit.runtime.letterbox import Letterbox
 from goodfit.tasks.detect import DetectTask
 
-
 JUDGED = 100  # training pictures that the finished model is measured on, at most
 
 

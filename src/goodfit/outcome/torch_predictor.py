@@ -18,7 +18,6 @@ from goodfit.models.detection.build import build_detector, family_of
 from goodfit.runtime.letterbox import Letterbox
 from goodfit.runtime.predictor import Predictor
 
-
 NUM_FILES, NUM_ODD = 8, 5  # pictures that both networks are asked about: the same code runs twice
 
 
