@@ -235,8 +235,10 @@ def _batch(choose: Chooser, facts: Facts) -> tuple[Decision[int], Decision[int]]
 def _augmentation(choose: Chooser, data: DataFacts) -> dict[str, Decision[Any]]:
     augment = choose("augment", "standard", "zoom and colour")
     off = augment.value == "off"
-    flip = choose("flip", 0.0 if off else 0.5, "augmentation is off" if off else
-                  "pictures mean the same mirrored" if data.grey_share <= 0.5 else "grey pictures, mirrored: flip=0 for characters")  # fmt: skip
+    grey = data.grey_share > 0.5
+    flip = choose("flip", 0.0 if off or grey else 0.5, "augmentation is off" if off else
+                  "grey pictures: may be characters or scans, where a mirror image means something else" if grey else
+                  "pictures mean the same mirrored")  # fmt: skip
     scale = choose("scale", 0.0, "as the preset")
     mosaic = choose(
         "mosaic",
