@@ -63,7 +63,10 @@ def check_torch_bundle(
         ExportError: it does not.
     """
     assert isinstance(predictor, TorchPredictor)
-    files, names = (list(v[:NUM_FILES]) + list(v[NUM_FILES:])[-NUM_ODD:] for v in (files, names))
+    files, names = (
+        [*files[:NUM_FILES], *files[NUM_FILES:][-NUM_ODD:]],
+        [*names[:NUM_FILES], *names[NUM_FILES:][-NUM_ODD:]],
+    )
     built, num = predictor._session, 0
     for data, name in zip(files, names, strict=True):
         mine = predictor.predict([data], threshold=0.0)
