@@ -38,7 +38,7 @@ def train(places: Words, asked: Asked) -> Answer:
 
 
 def demo(places: Words, asked: Asked) -> Answer:
-    """Train on real handwritten digits: classes in under a minute, boxes (demo detect) or masks (demo segment) in two."""
+    """Train on real handwritten digits: classes in a minute, boxes (demo detect) in two, masks (demo segment) in seven."""
     from goodfit.api.demo import EPOCHS, demo
 
     if len(places) > 1 or (places and places[0] not in EPOCHS):
