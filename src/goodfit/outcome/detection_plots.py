@@ -43,7 +43,7 @@ def plot_scenes(batch: Mapping[str, Any], class_names: Sequence[str], letterbox:
         there = classes[number] >= 0
         image = Image.fromarray(np.ascontiguousarray(picture.transpose(1, 2, 0)))
         made.append(draw_objects(image, boxes[number][there], classes[number][there], class_names))
-        captions.append(f"{int(there.sum())} objects")
+        captions.append(f"{(num := int(there.sum()))} object{'' if num == 1 else 's'}")
     contact_sheet(made, captions, columns=4).save(path)
 
 

@@ -7,7 +7,6 @@ torchvision's own is not taken by the exporter.
 from __future__ import annotations
 
 import copy
-import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import nn
 
 from goodfit.core.errors import ExportError
 from goodfit.models.detection.family import Family
-from goodfit.outcome.export import TOLERANCE
+from goodfit.outcome.export import TOLERANCE, write_onnx
 from goodfit.runtime.detections import box_iou
 from goodfit.runtime.letterbox import Letterbox
 from goodfit.runtime.predictor import Predictor
@@ -59,23 +58,7 @@ def export_detector(network: nn.Module, letterbox: Letterbox, family: Family, pa
         ExportError: the exporter does not support the network.
     """
     wrapped = Served(network.cpu().float(), letterbox, family).eval()
-    example = torch.zeros(2, 3, *letterbox.shape, dtype=torch.uint8)
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    try:
-        log.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                wrapped, (example,), str(path), input_names=["image"], output_names=["boxes", "scores"], dynamo=True,
-                dynamic_shapes={"image": {0: torch.export.Dim("batch", min=1)}}, external_data=False, verbose=False,
-            )  # fmt: skip
-    except Exception as error:  # the exporter raises many kinds
-        raise ExportError(f"The detector cannot be exported to ONNX: {type(error).__name__}: {str(error)[:400]}",
-                          kept="the trained weights, in checkpoints/best",
-                          next="report the model's name; goodfit test RUN still works") from error  # fmt: skip
-    finally:
-        log.setLevel(level)
+    write_onnx(wrapped, letterbox.shape, ["boxes", "scores"], path)
     return wrapped
 
 

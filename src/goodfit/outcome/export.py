@@ -51,8 +51,21 @@ def export_onnx(network: nn.Module, preprocessing: Preprocessing, path: Path) ->
         ExportError: the exporter does not support the network.
     """
     wrapped = _WithNormalisation(network.cpu().float(), preprocessing).eval()
-    size = preprocessing.size
-    example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+    write_onnx(wrapped, (preprocessing.size, preprocessing.size), ["logits"], path)
+    return wrapped
+
+
+def write_onnx(wrapped: nn.Module, shape: tuple[int, int], outputs: Sequence[str], path: Path) -> None:
+    """Write a network that takes `image`, uint8 of N x 3 x height x width with a dynamic N, as one file.
+
+    Args:
+        shape: Height and width, pixels.
+        outputs: Names of what it returns.
+
+    Raises:
+        ExportError: the exporter does not support the network.
+    """
+    example = torch.zeros(2, 3, *shape, dtype=torch.uint8)
     exporter_log = logging.getLogger("torch.onnx")
     level = exporter_log.level
     try:
@@ -60,7 +73,7 @@ def export_onnx(network: nn.Module, preprocessing: Preprocessing, path: Path) ->
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # notes of the exporter to its own authors
             torch.onnx.export(
-                wrapped, (example,), str(path), input_names=["image"], output_names=["logits"], dynamo=True,
+                wrapped, (example,), str(path), input_names=["image"], output_names=list(outputs), dynamo=True,
                 dynamic_shapes={"image": {0: torch.export.Dim("batch", min=1)}}, external_data=False, verbose=False,
             )  # fmt: skip
     except Exception as error:  # the exporter raises many kinds
@@ -69,7 +82,6 @@ def export_onnx(network: nn.Module, preprocessing: Preprocessing, path: Path) ->
                           next="report the model's name; goodfit test RUN still works") from error  # fmt: skip
     finally:
         exporter_log.setLevel(level)
-    return wrapped
 
 
 def traced_difference(network: nn.Module, preprocessing: Preprocessing, pixels: torch.Tensor) -> float:
