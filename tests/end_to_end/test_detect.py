@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_detr import write_tiny
 
 import goodfit
 from goodfit.api.decide import decide
@@ -122,12 +123,16 @@ def run(words, cwd):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-@pytest.mark.parametrize("task", ["detect", pytest.param("segment", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("task", ["detect", "transformer", pytest.param("segment", marks=pytest.mark.soak)])
 def test_killed_and_resumed_to_the_same_hashes(task, scenes, masked, tmp_path):
-    """A run that is killed on the way and resumed agrees with one that was not."""
-    data = scenes if task == "detect" else masked
+    """A run that is killed on the way and resumed agrees with one that was not; the noise of D-FINE's queries too."""
+    data = masked if task == "segment" else scenes
     more = ("max_bad=0.1",)
     words = [*WORDS, *more]
+    if task == "transformer":
+        pytest.importorskip("transformers", reason="the extra detr is not installed")
+        folder = write_tiny(tmp_path / "tiny", "d_fine", labels=["7", "cat", "3"])
+        words = [w for w in words if w.split("=")[0] not in ("model", "pretrained")] + [f"model=detr/{folder}"]
     if task == "segment":
         words = [w for w in words if w.split("=")[0] not in ("model", "batch", "epochs", "accumulate")]
         words += ["model=maskrcnn/resnet10t", "batch=4", "epochs=2", "accumulate=2"]
@@ -249,3 +254,25 @@ def test_a_detector_goes_on_from_another(finished, scenes, tmp_path):
         assert torch.equal(new[layer][names.index(digit)], old[layer][Predictor(finished.bundle).labels.index(digit)])
     assert not any(torch.equal(new[layer][names.index("none of them")], row) for row in old[layer])
     assert torch.equal(new["pyramid.fpn.inner_blocks.0.0.weight"], old["pyramid.fpn.inner_blocks.0.0.weight"])
+
+
+def test_a_detector_of_transformers_goes_from_its_folder_to_a_bundle(scenes, tmp_path):
+    """Its description and weights come from a folder as the hub has it; the finished bundle does not need that."""
+    pytest.importorskip("transformers", reason="the extra detr is not installed")
+    folder = write_tiny(tmp_path / "tiny", "rt_detr_v2", labels=["7", "cat", "3"])
+    asked = {"model": f"detr/{folder}", "max_bad": 0.1, "measure": False, "imgsz": 96, "batch": 8, "project": str(tmp_path / "runs")}
+    made = goodfit.train(scenes, epochs=2, **asked)
+    assert made.result["task"] == "detect" and made.plan.detector.value["config"]["model_type"] == "rt_detr_v2"
+    assert made.plan.lr.value < made.plan.head_lr.value < 1.1e-4 and made.plan.clip.value == 0.1
+    (said,) = [e["text"] for e in made.events if e["event"] == "stage" and e["name"] == "transfer"]
+    assert "2 of 10 classes by name" in said
+    card = json.loads((made.bundle / "bundle.json").read_text())
+    assert card["fixed_batch"] and card["parity"]["num_files"] > 5 and card["selection"]["iou"] == 1.0
+    for file in folder.iterdir():
+        file.unlink()
+    files = [scenes / "images" / f"{n:04d}.png" for n in range(3)]
+    rows = Predictor(made.bundle).predict(files, threshold=0.0)
+    assert all(len(row["objects"]) == 100 for row in rows)
+    del asked["model"]
+    again = goodfit.train(scenes, pretrained=str(made.path), epochs=1, **asked)
+    assert again.plan.model.value == made.plan.model.value and again.plan.weights.value.endswith("bundle/model.safetensors")

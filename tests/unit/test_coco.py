@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from goodfit.api.prepare import read_and_audit
+from goodfit.config.parse import parse_request
+from goodfit.core.journal import Journal
+from goodfit.data.objects import MaskBook, objects_of
 from goodfit.metrics.coco import ImageObjects, evaluate_coco, evaluate_numpy, to_coco
 from goodfit.metrics.detection import (
     DetectionMeter,
@@ -16,6 +21,7 @@ from goodfit.metrics.detection import (
     confidence_curve,
     confusion_matrix,
 )
+from goodfit.runtime.masks import CutMask, as_rle, mask_overlaps
 
 
 def image(found=(), there=(), *, crowd=()):
@@ -109,6 +115,70 @@ def test_equal_to_pycocotools_on_awkward_sets(how, name):
     assert np.abs(made.precision - precision).max() <= 1e-6
     assert np.abs(made.recall - recall).max() <= 1e-6
     assert np.abs(np.array(list(made.summary().values())) - stats).max() <= 1e-6
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    "folder",
+    ["detect/bccd_voc", "detect/facemask_coco", "segment/coco128/object_detection", "segment/coco128/instance_segmentation", "segment/nuclei_dsb2018"],
+)
+def test_equal_to_pycocotools_on_every_real_dataset(real_data, folder):
+    """Its own objects, each found once to twice and somewhat off; boxes, and masks where it has some."""
+    index = read_and_audit(parse_request({"data": str(real_data / folder), "max_bad": 0.5, "suspects": False}), Journal(None)).index
+    draw, images, masks = np.random.default_rng(0), [], []
+    book, num = MaskBook(index), len(index.class_names)
+    for row in np.flatnonzero(index.splits >= 0).tolist():
+        there = objects_of(index, row)
+        chosen = draw.integers(0, max(1, len(there.boxes)), min(90, 2 * len(there.boxes)))
+        sides = np.tile(there.boxes[:, 2:] - there.boxes[:, :2], 2)[chosen]
+        boxes = there.boxes[chosen].astype(float) + draw.normal(0, 0.08, (len(chosen), 4)) * sides
+        boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2] + 1)
+        classes = np.where(draw.random(len(chosen)) < 0.9, there.classes[chosen], draw.integers(0, num, len(chosen)))
+        one = ImageObjects(boxes=boxes, scores=draw.random(len(chosen)).round(3), classes=classes, true_boxes=there.boxes.astype(float),
+                           true_classes=there.classes, crowd=there.crowd,
+                           areas=(there.boxes[:, 2:] - there.boxes[:, :2]).astype(float).prod(axis=1))  # fmt: skip
+        images.append(one)
+        if index.task == "segment" and len(masks) < 80:
+            own = [book.get(row, int(k)) for k in there.numbers]
+            moved = [CutMask(own[k].left + int(draw.integers(-2, 3)), own[k].top, own[k].pixels) for k in chosen]
+            masks.append((one, own, moved, tuple(int(v) for v in index.sizes[row])))
+    precision, recall, stats = reference(images, num)
+    made = evaluate_coco(images, num)
+    assert np.abs(made.precision - precision).max() <= 1e-6 and np.abs(made.recall - recall).max() <= 1e-6
+    assert np.abs(np.array(list(made.summary().values())) - stats).max() <= 1e-6 and 0.05 < stats[0] < 0.95
+    if masks:
+        _check_masks(masks, num)
+
+
+def _check_masks(masks, num):
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    def run(mask, size):  # at the same place in the picture; what is moved beyond its edge is cut off
+        wide, high = size[0] + 8, size[1] + 8
+        shifted = CutMask(mask.left + 4, mask.top + 4, mask.pixels)
+        return as_rle(shifted, (wide, high))
+
+    images, annotations, results = [], [], []
+    for number, (one, own, moved, size) in enumerate(masks):
+        images.append(replace(one, overlaps=mask_overlaps(moved, own, one.crowd), areas=np.array([float(m.area) for m in own]),
+                              own_areas=np.array([float(m.area) for m in moved])))  # fmt: skip
+        annotations += [{"id": len(annotations) + 1 + k, "image_id": number + 1, "category_id": int(one.true_classes[k]) + 1,
+                         "iscrowd": int(one.crowd[k]), "area": m.area, "bbox": [0, 0, 1, 1], "segmentation": run(m, size)}
+                        for k, m in enumerate(own)]  # fmt: skip
+        results += [{"image_id": number + 1, "category_id": int(one.classes[k]) + 1, "score": float(one.scores[k]),
+                     "segmentation": run(m, size)} for k, m in enumerate(moved)]  # fmt: skip
+    with contextlib.redirect_stdout(io.StringIO()):
+        known = COCO()
+        known.dataset = {"images": [{"id": n + 1, "width": m[3][0] + 8, "height": m[3][1] + 8} for n, m in enumerate(masks)],
+                         "annotations": annotations, "categories": [{"id": k + 1, "name": str(k)} for k in range(num)]}  # fmt: skip
+        known.createIndex()
+        judge = COCOeval(known, known.loadRes(results), "segm")
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+    made = np.array(list(evaluate_coco(images, num).summary().values()))
+    assert np.abs(made - judge.stats).max() <= 1e-6 and 0.05 < made[0] < 0.99
 
 
 def test_a_set_without_an_object_has_no_figure():

@@ -5,29 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from boxes import SHAPE, scene_batch, targets
 from safetensors.torch import load_file, save_file
 
-from goodfit.config.detect import FAMILIES
+from goodfit.config.detect import FAMILIES as ALL_FAMILIES
 from goodfit.models.detection.build import make_family, make_network
 from goodfit.models.detection.choose import choose_objects
 from goodfit.models.detection.fcos import Fcos
 from goodfit.runtime.detections import Selection, box_iou, select_objects, suppress_doubles
-from goodfit.runtime.masks import cut_mask
 from goodfit.tasks.detect import DetectTask
 
-SHAPE = (128, 192)
-
-
-def targets(seed, num=4, most=6, classes=3):
-    """Padded boxes and classes; the first image has none."""
-    draw = torch.Generator().manual_seed(seed)
-    low = torch.rand(num, most, 2, generator=draw) * torch.tensor([SHAPE[1] - 30, SHAPE[0] - 30])
-    size = 6 + torch.rand(num, most, 2, generator=draw) ** 2 * 120
-    boxes = torch.cat([low, torch.minimum(low + size, torch.tensor([SHAPE[1], SHAPE[0]]).float())], dim=2)
-    labels = torch.randint(0, classes, (num, most), generator=draw)
-    for n in range(num):
-        labels[n, n * 2 :] = -1
-    return boxes, labels
+FAMILIES = [name for name in ALL_FAMILIES if name != "detr"]  # those over a pyramid; test_detr.py has the others
 
 
 def network(levels=5, seed=0, classes=3, family="fcos"):
@@ -134,24 +122,6 @@ def test_doubles_are_of_one_class():
     boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 9], [50, 50, 60, 60]], np.float32)
     assert suppress_doubles(boxes, np.array([0, 0, 1, 0]), 0.5).tolist() == [0, 2, 3]
     assert box_iou(boxes[:1], boxes)[0].tolist() == pytest.approx([1.0, 0.9, 0.9, 0.0])
-
-
-def scene_batch(num=2, masks=False):
-    """White squares on black: one object of one class in each picture."""
-    images, boxes = torch.zeros(num, 3, 96, 96), torch.zeros(num, 1, 4)
-    drawn = torch.zeros(num, 1, 96, 96, dtype=torch.uint8)
-    for n in range(num):
-        left, top, side = 12 + 9 * n, 16 + 5 * n, 30 + 6 * n
-        boxes[n, 0] = torch.tensor([left, top, left + side, top + side])
-        images[n, :, top : top + side, left : left + side] = 1.0
-        drawn[n, 0, top : top + side, left : left + side] = 1
-    batch = {"image": images, "boxes": boxes, "classes": torch.zeros(num, 1, dtype=torch.int64),
-             "true_boxes": boxes.double(), "true_classes": torch.zeros(num, 1, dtype=torch.int64),
-             "crowd": torch.zeros(num, 1, dtype=torch.bool), "place": torch.tensor([[1.0, 1.0, 0.0, 0.0]] * num),
-             "size": torch.tensor([[96.0, 96.0]] * num)}  # fmt: skip
-    if masks:
-        batch |= {"masks": drawn, "true_masks": [[cut_mask(m[0].numpy() > 0)] for m in drawn]}
-    return batch
 
 
 @pytest.mark.parametrize("name", FAMILIES)

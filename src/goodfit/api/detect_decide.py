@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -11,7 +12,7 @@ from goodfit.api.detect_parts import assemble_detector
 from goodfit.api.prepare import Audited, data_facts, stage
 from goodfit.config.detect import NEUTRAL, STEP, resolve_detect, resolve_detector, split_model
 from goodfit.config.execution import ways_to_execute
-from goodfit.config.facts import Facts, ModelFacts
+from goodfit.config.facts import DataFacts, Facts, MachineFacts, ModelFacts
 from goodfit.config.measured import Measured
 from goodfit.config.plan import Decision, Plan
 from goodfit.config.request import TrainRequest
@@ -21,6 +22,7 @@ from goodfit.engine.device import find_machine
 from goodfit.engine.freezing import plan_freezing
 from goodfit.models.catalog import look_up
 from goodfit.models.detection.build import make_network
+from goodfit.models.detection.detr_source import CONFIG, find_detr
 from goodfit.models.detection.transfer import DetectorCard, read_detector_card
 from goodfit.planning.inprocess import measure_ways_here
 
@@ -41,22 +43,16 @@ def decide_detector(request: TrainRequest, audited: Audited, journal: Journal, b
         if card is not None and request.model is None:
             request = replace(request, model=card.model)
         name, pretrained = resolve_detector(request, data, machine, base)
-        family, backbone = split_model(name.value)
-        found = (
-            _of_card(card)
-            if card is not None
-            else look_up(backbone, pretrained.value, asked=pretrained.source == "asked")
-        )
-        if found.weights_problem and card is None:  # the rule may take another backbone where there are no weights
-            name, _ = resolve_detector(request, data, machine, base, weights=False)
-            found = replace(
-                look_up(split_model(name.value)[1], "false", asked=False), weights_problem=found.weights_problem
-            )
-        model = replace(found, name=f"{family}/{found.name}", stride=STEP, size_step=STEP)
+        if split_model(name.value)[0] == "detr":
+            model, detector = _of_transformers(name, pretrained, card, base, masks=data.task == "segment")
+        else:
+            name, model = _over_pyramid(request, data, machine, base, card)
+            detector = {}
         facts = Facts(data=data, machine=machine, model=model)
         decided = {
             **data_decisions(request, data, base),
             **_weights(facts, replace(name, value=model.name), pretrained),
+            **detector,
         }
         task = audited.index.task
         decided["task"] = Decision(
@@ -76,11 +72,43 @@ def decide_detector(request: TrainRequest, audited: Audited, journal: Journal, b
     return plan
 
 
+def _over_pyramid(
+    request: TrainRequest, data: DataFacts, machine: MachineFacts, base: Plan | None, card: DetectorCard | None
+) -> tuple[Decision[str], ModelFacts]:
+    """A family over a timm backbone: its name with the reason, and the facts of the backbone."""
+    name, pretrained = resolve_detector(request, data, machine, base)
+    family, backbone = split_model(name.value)
+    found = _of_card(card) if card is not None else look_up(backbone, pretrained.value, asked=pretrained.source == "asked")
+    if found.weights_problem and card is None:  # the rule may take another backbone where there are no weights
+        name, _ = resolve_detector(request, data, machine, base, weights=False)
+        found = replace(look_up(split_model(name.value)[1], "false", asked=False), weights_problem=found.weights_problem)
+    return name, replace(found, name=f"{family}/{found.name}", stride=STEP, size_step=STEP)
+
+
+def _of_transformers(
+    name: Decision[str], pretrained: Decision[str], card: DetectorCard | None, base: Plan | None, *, masks: bool
+) -> tuple[ModelFacts, dict[str, Decision[Any]]]:
+    """The facts of a detector of the transformers library, and its configuration as a decision."""
+    source, config = split_model(name.value)[1], None
+    if card is not None:
+        config = card.detector["config"]
+    elif base is not None:
+        config = base.detector.value.get("config")
+    found, config = find_detr(source, "false" if card is not None else pretrained.value, asked=pretrained.source == "asked",
+                              masks=masks, config=config)  # fmt: skip
+    if card is not None:
+        found = replace(found, weights=str(card.file), weights_kind="file", licence=card.licence, labels=card.labels,
+                        mean=card.letterbox.mean, std=card.letterbox.std)  # fmt: skip
+    decision = Decision({"config": config}, f"{config['model_type']}, as its {CONFIG} describes it", "rule")
+    return replace(found, name=f"detr/{found.name}"), {"detector": decision}
+
+
 def _check_freezing(plan: Plan) -> None:
     """Refuse what the network cannot freeze, before anything is made."""
     if plan.freeze.value:
-        with torch.device("meta"):
-            network = make_network(*split_model(plan.model.value), num_classes=1, **plan.detector.value)
+        whole = split_model(plan.model.value)[0] == "detr"  # the library changes weights while it builds
+        with torch.device("cpu" if whole else "meta"):
+            network = make_network(*split_model(plan.model.value), num_classes=1, masks=plan.task.value == "segment", **plan.detector.value)
         plan_freezing(network, freeze=plan.freeze.value, unfreeze=plan.unfreeze.value, steps_per_epoch=1)
 
 

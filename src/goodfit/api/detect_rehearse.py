@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,8 +15,10 @@ from goodfit.config.sizes import InputSizes
 from goodfit.core.journal import Journal
 from goodfit.data.loader import MicroBatch
 from goodfit.engine.loop import halve_micro_batch, is_out_of_memory
+from goodfit.models.detection.family import OneStage
 from goodfit.outcome.detector_export import traced_problem
 from goodfit.planning.checks import Check
+from goodfit.planning.detection_checks import check_found
 from goodfit.planning.module_rehearsal import rehearse_module
 from goodfit.planning.rehearsal import Rehearsal, RehearsalError
 
@@ -53,6 +56,12 @@ def _rehearse(parts: DetectParts) -> Rehearsal:
     context = replace(parts.context, task=parts.task.dense())
     made = rehearse_module(parts.state.model, context, schedule=parts.state.progress.schedule, build_optimizer=parts.optimizer_for,
                            few=few, batches=batches)  # fmt: skip
+    if isinstance(parts.task.family, OneStage):
+        found = check_found(copy.deepcopy(parts.state.model), parts.context, parts.context.transform.evaluate(parts.context.device.move(few.data)),
+                            len(few.samples))  # fmt: skip
+        made = replace(made, checks=(*made.checks, found))
+        if not found.passed:
+            raise RehearsalError([*made.checks])
     if not parts.task.family.exports:
         return made
     problem = traced_problem(parts.state.model, parts.preprocessing, parts.task.family, few.data["image"])

@@ -18,8 +18,9 @@ from goodfit.config.request import TrainRequest
 from goodfit.config.sizes import InputSizes, choose_sizes
 from goodfit.core.errors import RequestError
 
-FAMILIES = ("fcos", "retinanet", "fasterrcnn", "maskrcnn")
-MASK_FAMILIES = ("maskrcnn",)
+FAMILIES = ("fcos", "retinanet", "fasterrcnn", "maskrcnn", "detr")
+BOX_FAMILIES = ("fcos", "retinanet", "fasterrcnn", "detr")
+MASK_FAMILIES = ("maskrcnn", "detr")
 STEP = 32  # pixels: both sides of the input are multiples of it
 FIGURES = ("ap", "ap50", "ap75", "loss")  # that validation gives ...
 MASK_FIGURES = ("mask_ap", "mask_ap50", "mask_ap75")  # ... and of masks
@@ -55,6 +56,9 @@ def split_model(name: str | None) -> tuple[str, str]:
     if not name:
         return "", ""
     first, slash, rest = name.partition("/")
+    if first == "detr" and not rest:
+        raise RequestError("model=detr says no detector of transformers.", where="model=",
+                           next="model=detr/FOLDER, or model=detr/ORG/NAME of the hub, as in detr/ustc-community/dfine-nano-coco")  # fmt: skip
     if first in FAMILIES:
         return first, rest
     if slash:
@@ -95,10 +99,12 @@ def resolve_detector(
     if small or not weights:
         usual, why = SCRATCH[0], SCRATCH[1] if small else "no pretrained weights: the smallest that learns from scratch"
     family = family or ("maskrcnn" if masks else FAMILIES[0])
-    if masks != (family in MASK_FAMILIES):
+    if family not in (MASK_FAMILIES if masks else BOX_FAMILIES):
         raise RequestError(f"model={family}: this family gives {'no masks' if masks else 'masks'}, and the data {'has some' if masks else 'has none'}.",
                            where="model=", next=f"use model={MASK_FAMILIES[0] if masks else FAMILIES[0]}, or task=detect to learn the boxes alone")  # fmt: skip
     kind = "two stages, of which the second gives masks" if masks else "one stage without anchors to choose"
+    if family == "detr":
+        kind = "a transformer that gives one answer for an object"
     reason = f"{family}, {kind}; {why}" if not backbone else "asked for"
     if not backbone and not (file and pretrained.source == "asked"):
         backbone = usual
@@ -126,12 +132,15 @@ def resolve_detect(
                            next="leave it out")  # fmt: skip
     task = decided["task"].value
     choose = Chooser(request, base)
-    imgsz = _image_size(choose, facts.data, facts.machine)
+    step = facts.model.size_step
+    imgsz = _image_size(choose, facts.data, facts.machine, step)
     batch, accumulate = _batch(choose, facts)
     recipe = choose_recipe(choose, facts, batch.value)
+    if split_model(decided["model"].value)[0] == "detr":
+        recipe |= _attentive(choose, facts, batch.value)
     epochs = recipe["epochs"].value
     sizes = choose_sizes(choose, facts.model, imgsz.value, epochs)
-    inputs = InputSizes(imgsz=imgsz.value, epochs=epochs, step=STEP, multi_scale=sizes["multi_scale"].value,
+    inputs = InputSizes(imgsz=imgsz.value, epochs=epochs, step=step, multi_scale=sizes["multi_scale"].value,
                         progressive=sizes["progressive"].value)  # fmt: skip
     augmentation = _augmentation(choose, facts.data)
     masks = task == "segment"
@@ -142,11 +151,11 @@ def resolve_detect(
         f"average precision{' of the masks' if masks else ''} over IoU 0.5 to 0.95; ties are broken by the loss",
     )
     check_monitor(monitor.value, (*FIGURES, *(MASK_FIGURES if masks else ())))
+    detector = decided.get("detector") or _architecture(choose, facts.machine, inputs.smallest * min(facts.data.shape), masks=masks)
     return Plan(
-        **decided,
+        **{**decided, "detector": detector},
         imgsz=imgsz,
         preprocessing=_letterbox(imgsz.value, facts),
-        detector=_architecture(choose, facts.machine, inputs.smallest * min(facts.data.shape), masks=masks),
         batch=batch,
         accumulate=accumulate,
         **recipe,
@@ -162,26 +171,41 @@ def resolve_detect(
     )
 
 
-def _image_size(choose: Chooser, data: DataFacts, machine: MachineFacts) -> Decision[int]:
+def _attentive(choose: Chooser, facts: Facts, batch: int) -> dict[str, Decision[Any]]:
+    """Rates, decay and clipping of detectors of transformers, as their authors have them (RT-DETR: 1e-4 and a tenth of it for the
+    backbone at batch 16, decay 1e-4, gradients' norm at most 0.1), by the square-root rule."""
+    peak = float(f"{1e-4 * math.sqrt(batch / 16):.3g}")
+    new = facts.model.weights_kind == "none"
+    rule = "1e-4 at batch 16, square-root rule, as the authors of RT-DETR have it"
+    return {
+        "lr": choose("lr", peak if new else float(f"{peak / 10:.3g}"), rule if new else f"a tenth of {rule}: the backbone is pretrained"),
+        "head_lr": choose("head_lr", peak, rule),
+        "weight_decay": choose("weight_decay", 1e-4, "as its authors have it; none on norms and biases"),
+        "clip": choose("clip", 0.1, "as its authors have it: attention has rare large gradients"),
+    }  # fmt: skip
+
+
+def _image_size(choose: Chooser, data: DataFacts, machine: MachineFacts, step: int) -> Decision[int]:
     """The longer side of the input: what the smaller objects need to be seen, within what the pictures have and the machine can do."""
-    low, high = (640, 1280) if machine.device == "cuda" else (320, 640)
-    own = max(STEP, STEP * math.ceil(data.median_side / STEP))
+    low, high = (step * math.ceil(side / step) for side in ((640, 1280) if machine.device == "cuda" else (320, 640)))
+    own = max(step, step * math.ceil(data.median_side / step))
     low, high = min(low, own), min(high, own)
     needed = OBJECT_SIDE / data.object_side if data.object_side else low
-    size = int(min(high, max(low, STEP * math.ceil(needed / STEP))))
+    size = int(min(high, max(low, step * math.ceil(needed / step))))
     reason = (f"the smaller objects take {100 * data.object_side:.1f} % of a picture's longer side, {size * data.object_side:.0f} pixels of the "
               f"input; pictures of {data.median_side} px")  # fmt: skip
     decision = choose("imgsz", size, reason)
-    rounded = max(STEP, round(decision.value / STEP) * STEP)
+    rounded = max(step, round(decision.value / step) * step)
     if rounded == decision.value:
         return decision
-    return Decision(rounded, f"{decision.value} {decision.reason}; detectors take multiples of {STEP}", decision.source)
+    return Decision(rounded, f"{decision.value} {decision.reason}; this detector takes multiples of {step}", decision.source)
 
 
 def _letterbox(imgsz: int, facts: Facts) -> Decision[dict[str, Any]]:
     wide, high = facts.data.shape
-    width, height = (max(STEP, min(imgsz, STEP * math.ceil(imgsz * share / STEP - 0.25))) for share in (wide, high))
     model = facts.model
+    step = model.size_step
+    width, height = (max(step, min(imgsz, step * math.ceil(imgsz * share / step - 0.25))) for share in (wide, high))
     value = {
         "fit": "letterbox",
         "width": width,

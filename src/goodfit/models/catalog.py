@@ -102,24 +102,29 @@ def _pretrained_config(name: str) -> dict[str, Any]:
 
 def _hub_weights(name: str, config: dict[str, Any]) -> tuple[str, str]:
     """The hub repository of a model's weights, and why they cannot be had ("" if they can)."""
-    from huggingface_hub import try_to_load_from_cache
-
     repository = config.get("hf_hub_id") or ""
     if not repository:
         return "", f"timm has no pretrained weights for {name}"
     repository = repository.split("@")[0]
-    if isinstance(try_to_load_from_cache(repository, "model.safetensors"), str):
-        return repository, ""
+    return repository, hub_problem(repository, "model.safetensors")
+
+
+def hub_problem(repository: str, file: str) -> str:
+    """Why a file of a hub repository cannot be had, as far as is known before it is asked for; "" if it can."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(repository, file), str):
+        return ""
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        return repository, "HF_HUB_OFFLINE is set and they are not in the local cache"
+        return "HF_HUB_OFFLINE is set and they are not in the local cache"
     if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
-        return repository, ""  # reachable through a proxy, or the download will say why not
+        return ""  # reachable through a proxy, or the download will say why not
     host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     try:
         socket.create_connection((host.hostname or "", host.port or 443), timeout=HUB_SECONDS).close()
     except OSError as error:
-        return repository, f"the model hub cannot be reached ({error.strerror or error})"
-    return repository, ""
+        return f"the model hub cannot be reached ({error.strerror or error})"
+    return ""
 
 
 def _facts(name: str, config: dict[str, Any], weights: str, kind: str, problem: str) -> ModelFacts:

@@ -7,8 +7,10 @@ torchvision's own is not taken by the exporter.
 from __future__ import annotations
 
 import copy
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ SURE = 0.05  # score above which an object must be found by both
 SAME_SCORE = 1e-3
 SAME_BOX = 0.98  # IoU
 CLOSE_CALL = 0.01  # of IoU, around the limit for doubles
+CHECKS = "TRANSFORMERS_DISABLE_TORCH_CHECK"
+Floats = np.ndarray[Any, Any]
 
 
 class Served(nn.Module):
@@ -39,6 +43,7 @@ class Served(nn.Module):
         super().__init__()
         self.network = network
         self._family = family
+        self.lowest = _lowest(family)
         self.register_buffer("mean", torch.tensor(letterbox.mean).view(1, 3, 1, 1) * 255)
         self.register_buffer("std", torch.tensor(letterbox.std).view(1, 3, 1, 1) * 255)
 
@@ -49,7 +54,7 @@ class Served(nn.Module):
 
 
 def export_detector(network: nn.Module, letterbox: Letterbox, family: Family, path: Path) -> Served:
-    """Write `image` → `boxes`, `scores` with a dynamic N, in one file.
+    """Write `image` → `boxes`, `scores` with a dynamic N, or N of 1 where the family has a fixed batch, in one file.
 
     Returns:
         What the file must reproduce: float32, on the CPU, in evaluation mode.
@@ -58,30 +63,72 @@ def export_detector(network: nn.Module, letterbox: Letterbox, family: Family, pa
         ExportError: the exporter does not support the network.
     """
     wrapped = Served(network.cpu().float(), letterbox, family).eval()
-    write_onnx(wrapped, letterbox.shape, ["boxes", "scores"], path)
+    with _unchecked():
+        write_onnx(wrapped, letterbox.shape, ["boxes", "scores"], path, fixed_batch=family.fixed_batch)
     return wrapped
+
+
+@contextmanager
+def _unchecked() -> Iterator[None]:
+    """Without transformers' own checks of tensors, which torch's exporter does not take (`aten._is_all_true`)."""
+    before = os.environ.get(CHECKS)
+    os.environ[CHECKS] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[CHECKS]
+        else:
+            os.environ[CHECKS] = before
 
 
 def traced_problem(network: nn.Module, letterbox: Letterbox, family: Family, pixels: torch.Tensor) -> str:
     """Why a detector could not be exported, found by tracing a copy as the exporter does; empty if it can be."""
     wrapped = Served(copy.deepcopy(network).cpu().float(), letterbox, family).eval()
-    example = torch.zeros(2, 3, *letterbox.shape, dtype=torch.uint8)
+    example = torch.zeros(1 if family.fixed_batch else 2, 3, *letterbox.shape, dtype=torch.uint8)
+    pixels = pixels[:1] if family.fixed_batch else pixels
+    sizes = None if family.fixed_batch else {"image": {0: torch.export.Dim("batch", min=1)}}
     try:
-        with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+        with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad(), _unchecked():
             warnings.simplefilter("ignore")
-            traced = torch.export.export(
-                wrapped, (example,), dynamic_shapes={"image": {0: torch.export.Dim("batch", min=1)}}, strict=False
-            ).module()
+            traced = torch.export.export(wrapped, (example,), dynamic_shapes=sizes, strict=False).module()
             wanted, made = wrapped(pixels.cpu()), traced(pixels.cpu())
     except Exception as error:  # the tracer raises many kinds
         return f"The detector cannot be traced: {type(error).__name__}: {str(error)[:400]}"
-    apart = max(_apart(b.numpy(), a.numpy()) for a, b in zip(wanted, made, strict=True))
+    apart = _difference([m.numpy() for m in made], [w.numpy() for w in wanted], _lowest(family))
     return "" if apart <= TOLERANCE else f"the traced detector's outputs differ by {apart:.2g}"
 
 
-def _apart(found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> float:
+def _apart(found: Floats, wanted: Floats) -> float:
     """The largest difference, as a share of the largest value, at least of 1."""
     return float(np.abs(found - wanted).max() / max(1.0, float(np.abs(wanted).max())))
+
+
+def _lowest(family: Family) -> float | None:
+    """The score at or below which a candidate of a family without an order of candidates never becomes an object."""
+    return family.selection.threshold if family.fixed_batch else None
+
+
+def _difference(found: Sequence[Floats], wanted: Sequence[Floats], lowest: float | None) -> float:
+    """The largest difference of boxes and scores, (N, A, 4) and (N, A, classes).
+
+    Args:
+        lowest: Where it is a number, candidates have no order: those of an image are matched, by the least difference in all, and
+            pairs whose scores are both at or below it are left away, as the last of so many places goes to either of two that tie.
+    """
+    if lowest is None:
+        return max(_apart(f, w) for f, w in zip(found, wanted, strict=True))
+    from scipy.optimize import linear_sum_assignment
+
+    largest = 0.0
+    for image in range(len(wanted[0])):
+        mine, theirs = ([made[image] for made in side] for side in (found, wanted))
+        costs = sum(np.abs(f[None] - w[:, None]).sum(axis=2) / max(1.0, float(np.abs(w).max())) for f, w in zip(mine, theirs, strict=True))
+        rows, columns = linear_sum_assignment(costs)
+        counts = np.maximum(mine[1][columns].max(axis=1), theirs[1][rows].max(axis=1)) > lowest
+        if counts.any():
+            largest = max(largest, *(_apart(f[columns[counts]], w[rows[counts]]) for f, w in zip(mine, theirs, strict=True)))
+    return largest
 
 
 def check_detector_parity(
@@ -106,7 +153,7 @@ def check_detector_parity(
     for label, found in (("one by one", [np.concatenate(parts) for parts in zip(*one_by_one, strict=True)]),
                          ("in one batch", predictor.run(pixels))):  # fmt: skip
         for number, name in enumerate(names):
-            apart = max(_apart(f[number], w[number]) for f, w in zip(found, wanted, strict=True))
+            apart = _difference([f[number : number + 1] for f in found], [w[number : number + 1] for w in wanted], reference.lowest)
             largest = max(largest, apart)
             mine = predictor.objects(found[0][number], found[1][number])
             theirs = predictor.objects(wanted[0][number], wanted[1][number])

@@ -55,17 +55,21 @@ def export_onnx(network: nn.Module, preprocessing: Preprocessing, path: Path) ->
     return wrapped
 
 
-def write_onnx(wrapped: nn.Module, shape: tuple[int, int], outputs: Sequence[str], path: Path) -> None:
+def write_onnx(
+    wrapped: nn.Module, shape: tuple[int, int], outputs: Sequence[str], path: Path, *, fixed_batch: bool = False
+) -> None:
     """Write a network that takes `image`, uint8 of N x 3 x height x width with a dynamic N, as one file.
 
     Args:
         shape: Height and width, pixels.
         outputs: Names of what it returns.
+        fixed_batch: N is 1.
 
     Raises:
         ExportError: the exporter does not support the network.
     """
-    example = torch.zeros(2, 3, *shape, dtype=torch.uint8)
+    example = torch.zeros(1 if fixed_batch else 2, 3, *shape, dtype=torch.uint8)
+    sizes = None if fixed_batch else {"image": {0: torch.export.Dim("batch", min=1)}}
     exporter_log = logging.getLogger("torch.onnx")
     level = exporter_log.level
     try:
@@ -74,7 +78,7 @@ def write_onnx(wrapped: nn.Module, shape: tuple[int, int], outputs: Sequence[str
             warnings.simplefilter("ignore")  # notes of the exporter to its own authors
             torch.onnx.export(
                 wrapped, (example,), str(path), input_names=["image"], output_names=list(outputs), dynamo=True,
-                dynamic_shapes={"image": {0: torch.export.Dim("batch", min=1)}}, external_data=False, verbose=False,
+                dynamic_shapes=sizes, external_data=False, verbose=False,
             )  # fmt: skip
     except Exception as error:  # the exporter raises many kinds
         raise ExportError(f"The network cannot be exported to ONNX: {type(error).__name__}: {str(error)[:400]}",

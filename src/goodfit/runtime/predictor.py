@@ -26,7 +26,7 @@ Outputs = list[npt.NDArray[np.float32]]
 class Predictor:
     """Predicts from image files with a bundle, through onnxruntime.
 
-    The model takes `image`, uint8 of shape (N, 3, height, width); normalisation is inside it. A classifier returns `logits`,
+    The model takes `image`, uint8 of shape (N, 3, height, width), or one at a time; normalisation is inside it. A classifier returns `logits`,
     float32 of shape (N, classes); a detector `boxes` (N, A, 4), in pixels of the input, and `scores` (N, A, classes).
 
     Raises:
@@ -57,6 +57,7 @@ class Predictor:
         self.selection = Selection(**card["selection"]) if detects else Selection()
         self.threshold = float(card.get("threshold", 0.0))
         self._outputs = ["boxes", "scores"] if detects else ["logits"]
+        self._one_by_one = bool(card.get("fixed_batch", False))  # the model takes one image at a time
         self._session = self._open(threads)
 
     def _open(self, threads: int | None) -> Any:
@@ -82,7 +83,9 @@ class Predictor:
 
     def run(self, pixels: npt.NDArray[np.uint8]) -> Outputs:
         """Run the model on uint8 images of shape (N, 3, height, width); its outputs, as the class describes them."""
-        return [np.asarray(made, dtype=np.float32) for made in self._session.run(self._outputs, {"image": pixels})]
+        parts = np.split(pixels, len(pixels)) if self._one_by_one else [pixels]
+        made = [self._session.run(self._outputs, {"image": part}) for part in parts]
+        return [np.concatenate(outputs).astype(np.float32, copy=False) for outputs in zip(*made, strict=True)]
 
     def logits(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Of a classifier: `run`, as one array of shape (N, classes)."""

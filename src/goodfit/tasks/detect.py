@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from goodfit.metrics.detection import DetectionMeter
+from goodfit.models.detection.choose import Found
 from goodfit.models.detection.family import Family, Terms
 from goodfit.runtime.detections import Selection
 
@@ -23,13 +24,13 @@ class DetectTask:
     Args:
         class_names: Labels, in the order of the targets.
         family: Of the network.
-        selection: Which candidates become objects; the same in the bundle.
+        selection: Which candidates become objects; the same in the bundle. The family's, if None.
     """
 
     def __init__(self, class_names: Sequence[str], family: Family, *, selection: Selection | None = None) -> None:
         self.class_names = tuple(class_names)
         self.family = family
-        self.selection = selection or Selection()
+        self.selection = selection or family.selection
 
     def collate(self, images: npt.NDArray[np.uint8], targets: Arrays) -> dict[str, torch.Tensor]:
         """Name the parts of a batch.
@@ -51,7 +52,10 @@ class DetectTask:
     def predict(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
         """Objects in the input, best first: `boxes` (N, K, 4), `scores` (N, K), `classes` (N, K), -1 where an image has fewer
         than K, with `masks`, probabilities within the boxes (N, K, M, M), where the family has some; and `terms`, those of the loss."""
-        found, terms = self.family.predict(model, batch, self.selection)
+        return self.told(*self.family.predict(model, batch, self.selection))
+
+    def told(self, found: Sequence[Found], terms: Terms) -> dict[str, Any]:
+        """What `predict` says of these objects."""
         most = max((len(f.scores) for f in found), default=0)
         made = {
             "boxes": torch.stack([_filled(f.boxes, most, 0.0) for f in found]),
@@ -69,7 +73,8 @@ class DetectTask:
     def describe(self) -> dict[str, Any]:
         """The labels, and what of the outputs becomes an object."""
         return {"task": "segment" if self.family.has_masks else "detect", "labels": list(self.class_names), "output": "candidates",
-                "selection": self.selection.to_dict(), "exact": self.family.exact}  # fmt: skip
+                "selection": self.selection.to_dict(), "exact": self.family.exact,
+                "fixed_batch": self.family.fixed_batch}  # fmt: skip
 
     def dense(self) -> DenseTask:
         """This task before anything is chosen, for checks that compare outputs: a tie must not turn into a difference."""

@@ -1,4 +1,4 @@
-"""Build the detector of a plan: family over backbone, as in fcos/mobilenetv2_100."""
+"""Build the detector of a plan: family over backbone, as in fcos/mobilenetv2_100, or one that transformers builds, as in detr/FOLDER."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import nn
 
 from goodfit.config.detect import split_model
 from goodfit.config.plan import Plan
+from goodfit.models.detection.detr import Detr, DetrNetwork
+from goodfit.models.detection.detr_source import load_detr
 from goodfit.models.detection.family import Family
 from goodfit.models.detection.fcos import Fcos, FcosNetwork
 from goodfit.models.detection.pyramid import Pyramid
@@ -21,21 +23,34 @@ from goodfit.models.weights import WeightReport, load_weights, weight_file
 
 def family_of(plan: Plan) -> Family:
     """What belongs to the plan's network besides its weights: loss and decoding."""
-    return make_family(split_model(plan.model.value)[0], plan.detector.value["levels"])
+    masks = plan.task.value == "segment"
+    return make_family(split_model(plan.model.value)[0], plan.detector.value.get("levels", 0), masks=masks)
 
 
-def make_family(name: str, num_levels: int) -> Family:
+def make_family(name: str, num_levels: int, *, masks: bool = False) -> Family:
     """A family by its name."""
+    if name == "detr":
+        return Detr(has_masks=masks, exports=not masks)
     strides = tuple(8 * 2**level for level in range(num_levels))
     if name == "retinanet":
         return RetinaNet(strides=strides)
     return Fcos(strides=strides) if name == "fcos" else Rcnn(has_masks=name == "maskrcnn")
 
 
-def make_network(
-    family: str, backbone: str, *, num_classes: int, channels: int, convs: int, levels: int, **arguments: Any
+def make_network(family: str, backbone: str, *, num_classes: int, masks: bool = False, **detector: Any) -> nn.Module:
+    """A network with random weights; a timm backbone keeps its whole length until `Pyramid.prune`.
+
+    Args:
+        detector: As the plan has it: `config` of a detector of transformers; of the others `channels`, `convs` and `levels`.
+    """
+    if family == "detr":
+        return DetrNetwork(detector["config"], num_classes=num_classes, masks=masks)
+    return _over_pyramid(family, backbone, num_classes, **detector)
+
+
+def _over_pyramid(
+    family: str, backbone: str, num_classes: int, *, channels: int, convs: int, levels: int, **arguments: Any
 ) -> nn.Module:
-    """A network with random weights; its backbone keeps its whole length until `Pyramid.prune`."""
     pyramid = Pyramid(backbone, channels=channels, num_levels=levels, **arguments)
     if family in ("fasterrcnn", "maskrcnn"):
         return RcnnNetwork(pyramid, num_classes=num_classes, channels=channels, masks=family == "maskrcnn")
@@ -53,15 +68,21 @@ def build_detector(plan: Plan, class_names: Sequence[str]) -> tuple[nn.Module, W
     family, backbone = split_model(plan.model.value)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed.value)
-        network: Any = make_network(family, backbone, num_classes=len(class_names), **plan.detector.value)
+        network: Any = make_network(family, backbone, num_classes=len(class_names), masks=plan.task.value == "segment",
+                                    **plan.detector.value)  # fmt: skip
+    whole = family == "detr"
     if plan.pretrained.value == "false":
-        network.pyramid.prune()
+        if not whole:
+            network.pyramid.prune()
         return network, None
     file = weight_file(plan)
     card = read_detector_card(str(file))
     if card is not None:
-        network.pyramid.prune()
+        if not whole:
+            network.pyramid.prune()
         return network, load_detector(network, card, class_names)
+    if whole:
+        return network, load_detr(network, plan, class_names)
     report = load_weights(network.pyramid.body, file)
     network.pyramid.prune()
     return network, report

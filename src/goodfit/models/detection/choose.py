@@ -18,12 +18,14 @@ class Found:
         scores: Shape (K,).
         classes: Shape (K,).
         masks: Probabilities within each box, shape (K, M, M); None without masks.
+        candidates: Which of the candidates each was, shape (K,); None where they have no fixed order.
     """
 
     boxes: torch.Tensor
     scores: torch.Tensor
     classes: torch.Tensor
     masks: torch.Tensor | None = None
+    candidates: torch.Tensor | None = None
 
 
 def choose_objects(boxes: torch.Tensor, scores: torch.Tensor, how: Selection) -> Found:
@@ -41,4 +43,4 @@ def choose_objects(boxes: torch.Tensor, scores: torch.Tensor, how: Selection) ->
     values, order = values[: how.candidates], found[order[: how.candidates]]
     places, classes = torch.div(order, scores.shape[1], rounding_mode="floor"), order % scores.shape[1]
     kept = batched_nms(boxes[places].float(), values.float(), classes, how.iou)[: how.most]
-    return Found(boxes[places[kept]], values[kept], classes[kept])
+    return Found(boxes[places[kept]], values[kept], classes[kept], candidates=places[kept])

@@ -23,11 +23,15 @@ class Family(ABC):
             they are means over images of equal weight.
         has_masks: Whether it gives a mask for every object.
         exports: Whether its network becomes ONNX as a whole, from pictures to candidates.
+        fixed_batch: Whether that takes one picture at a time, and its candidates have no order that a rounding could not change.
+        selection: Which candidates become objects.
     """
 
     exact: bool = True
     has_masks: bool = False
     exports: bool = True
+    fixed_batch: bool = False
+    selection: Selection = Selection()
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> Terms:
