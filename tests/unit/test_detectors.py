@@ -194,3 +194,28 @@ def test_retinanet_losses_equal_the_library():
     )
     assert float(made["classes"][0]) / 4 == pytest.approx(float(wanted["classification"]), rel=1e-5)
     assert float(made["boxes"][0]) / 4 == pytest.approx(float(wanted["bbox_regression"]), rel=1e-5)
+
+
+@torch.no_grad()
+def test_ssdlite_losses_equal_the_library():
+    """Also its background class, which the classes of the data come after."""
+    from torchvision.models.detection import SSD
+
+    net, images = network(5, family="ssdlite"), torch.rand(4, 3, *SHAPE)
+    boxes, labels = targets(1)
+    made = make_family("ssdlite", 5).terms(net, net(images), boxes, labels, SHAPE)
+
+    class Backbone(torch.nn.Module):
+        out_channels = 32
+
+        def forward(self, images):
+            return {str(k): m for k, m in enumerate(net.pyramid(images))}
+
+    theirs = SSD(Backbone(), net.anchors, SHAPE[::-1], 4, image_mean=[0, 0, 0], image_std=[1, 1, 1], head=net.head).train()
+    net.eval()
+    wanted = theirs(
+        list(images), [{"boxes": b[c >= 0], "labels": c[c >= 0] + 1} for b, c in zip(boxes, labels, strict=True)]
+    )
+    for mine, name in (("classes", "classification"), ("boxes", "bbox_regression")):
+        total, count = made[mine]
+        assert int(count) > 0 and float(total / count) == pytest.approx(float(wanted[name]), rel=1e-5), name

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from goodfit.api.decide import decide
+from goodfit.api.demo import write_scenes
+from goodfit.api.detect_parts import assemble_detector
+from goodfit.api.prepare import read_and_audit
+from goodfit.config.parse import parse_request
 from goodfit.core.errors import DataError
+from goodfit.core.journal import Journal
+from goodfit.data.copy_paste import Drawn, around, chosen, partner_of, paste_objects
 from goodfit.data.objects import padded
 from goodfit.data.scenes import SCENE_PRESETS, Paste, ScenePreset, compose, cut_boxes, draw_scene
 from goodfit.runtime.letterbox import FILL, Letterbox
@@ -147,3 +154,59 @@ def test_the_letterbox_at_other_sizes_and_as_plain_values():
     ):
         with pytest.raises(DataError):
             Letterbox.from_dict(broken)
+
+
+def _drawn(*masks, classes=None):
+    masks = np.array(masks, np.uint8)
+    return Drawn(np.array([around(m) for m in masks]).reshape(-1, 4), np.arange(len(masks)) if classes is None else np.array(classes), masks)
+
+
+def _block(left, top, right, bottom, side=40):
+    made = np.zeros((side, side), np.uint8)
+    made[top:bottom, left:right] = 1
+    return made
+
+
+def test_pasted_objects_cover_what_lies_under_them():
+    pixels, other = np.zeros((40, 40, 3), np.uint8), np.full((40, 40, 3), 200, np.uint8)
+    under = _drawn(_block(0, 0, 10, 10), _block(20, 0, 30, 10), _block(0, 20, 10, 30))
+    over = _drawn(_block(20, 0, 29, 10), _block(5, 20, 10, 30), classes=[7, 8])
+    made = paste_objects(pixels, under, other, over)
+    assert made.classes.tolist() == [0, 2, 7, 8]  # of the second a tenth is left: it is none
+    assert made.boxes[1].tolist() == [0, 20, 5, 30] and made.boxes[0].tolist() == [0, 0, 10, 10]
+    assert np.array_equal((pixels == 200).all(axis=2), over.masks.any(axis=0))
+    assert not (made.masks.sum(axis=0) > 1).any()
+    for mask, box in zip(made.masks, made.boxes, strict=True):
+        assert np.array_equal(around(mask), box)
+    nothing = _drawn()
+    assert paste_objects(pixels, under, other, Drawn(nothing.boxes, nothing.classes, np.zeros((0, 40, 40), np.uint8))) is under
+
+
+def test_copies_are_a_function_of_their_key():
+    rows = np.arange(10, 20)
+    drawn = [partner_of(0.5, seed=0, epoch=1, sample=k, rows=rows) for k in range(400)]
+    again = [partner_of(0.5, seed=0, epoch=1, sample=k, rows=rows) for k in range(400)]
+    assert drawn == again and drawn != [partner_of(0.5, seed=0, epoch=2, sample=k, rows=rows) for k in range(400)]
+    taken = [d for d in drawn if d is not None]
+    assert 150 < len(taken) < 250 and set(taken) == set(rows.tolist())
+    assert 0.4 < np.mean([chosen(6, seed=0, epoch=0, sample=k).mean() for k in range(200)]) < 0.6
+
+
+def test_a_segmenter_sees_pasted_objects_with_their_masks(tmp_path):
+    write_scenes(tmp_path / "scenes", masks=True, num=30)
+    request = parse_request({"data": str(tmp_path / "scenes"), "copy_paste": 1.0, "model": "maskrcnn/resnet10t", "pretrained": "false",
+                             "measure": False, "batch": 8})  # fmt: skip
+    audited = read_and_audit(request, Journal(None))
+    plan = decide(request, audited, Journal(None))
+    assert plan.copy_paste.value == 1.0
+    more = assemble_detector(plan, audited.index).train.group(0, 0, 1)[0]
+    again = assemble_detector(plan, audited.index).train.group(0, 0, 1)[0]
+    assert all(bool((more.data[k] == again.data[k]).all()) for k in ("image", "boxes", "classes", "masks"))
+    plain = assemble_detector(plan.changed(copy_paste=0.0), audited.index).train.group(0, 0, 1)[0]
+    assert int((more.data["classes"] >= 0).sum()) > int((plain.data["classes"] >= 0).sum())
+    there = more.data["classes"] >= 0
+    masks = more.data["masks"][there]
+    assert bool((masks.flatten(1).sum(1) > 0).all()) and int((more.data["masks"].sum(1) > 1).sum()) == 0  # digits do not touch
+    boxes = more.data["boxes"][there]
+    found = np.array([around(m.numpy()) for m in masks])
+    assert np.abs(found - boxes.numpy()).max() <= 3.0

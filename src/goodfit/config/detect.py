@@ -18,9 +18,10 @@ from goodfit.config.request import TrainRequest
 from goodfit.config.sizes import InputSizes, choose_sizes
 from goodfit.core.errors import RequestError
 
-FAMILIES = ("fcos", "retinanet", "fasterrcnn", "maskrcnn", "detr")
-BOX_FAMILIES = ("fcos", "retinanet", "fasterrcnn", "detr")
+FAMILIES = ("fcos", "retinanet", "ssdlite", "fasterrcnn", "maskrcnn", "detr")
+BOX_FAMILIES = ("fcos", "retinanet", "ssdlite", "fasterrcnn", "detr")
 MASK_FAMILIES = ("maskrcnn", "detr")
+TWO_STAGES = ("fasterrcnn", "maskrcnn")
 STEP = 32  # pixels: both sides of the input are multiples of it
 FIGURES = ("ap", "ap50", "ap75", "loss")  # that validation gives ...
 MASK_FIGURES = ("mask_ap", "mask_ap50", "mask_ap75")  # ... and of masks
@@ -29,6 +30,7 @@ OBJECT_SIDE = 14.0  # pixels of the input that the smaller objects should have: 
 BATCH = {"cpu": 8, "cuda": 16}
 MASK_BATCH = 4  # on a processor: dense masks of every object take memory
 CLOSE = 0.1
+SAMPLED = 64  # proposals of an image that a second stage learns from on a processor: an eighth of the published number
 _ONE_CLASS = "this is for images with one class each"
 _NOT_YET = "this is not done for detectors yet"
 WHY_NOT = {  # options that detection refuses, and why
@@ -151,7 +153,8 @@ def resolve_detect(
         f"average precision{' of the masks' if masks else ''} over IoU 0.5 to 0.95; ties are broken by the loss",
     )
     check_monitor(monitor.value, (*FIGURES, *(MASK_FIGURES if masks else ())))
-    detector = decided.get("detector") or _architecture(choose, facts.machine, inputs.smallest * min(facts.data.shape), masks=masks)
+    detector = decided.get("detector") or _architecture(choose, facts.machine, inputs.smallest * min(facts.data.shape),
+                                                                 split_model(decided["model"].value)[0])  # fmt: skip
     return Plan(
         **{**decided, "detector": detector},
         imgsz=imgsz,
@@ -219,8 +222,8 @@ def _letterbox(imgsz: int, facts: Facts) -> Decision[dict[str, Any]]:
     )
 
 
-def _architecture(choose: Chooser, machine: MachineFacts, side: float, *, masks: bool) -> Decision[dict[str, Any]]:
-    """Width, depth and levels of the head.
+def _architecture(choose: Chooser, machine: MachineFacts, side: float, family: str) -> Decision[dict[str, Any]]:
+    """Width, depth and levels of the head; of two stages also what the second learns from.
 
     The coarsest level has two places each way at least: one alone sees nothing that the next finer does not, and torch 2.14's
     gradient of a convolution over a single pixel differs from run to run on two threads.
@@ -230,8 +233,10 @@ def _architecture(choose: Chooser, machine: MachineFacts, side: float, *, masks:
     """
     large = machine.device == "cuda"
     value = {"channels": 256, "convs": 4, "levels": 5} if large else {"channels": 128, "convs": 2, "levels": 4}
-    if masks and not large:
+    if family == "maskrcnn" and not large:
         value["channels"] = 64
+    if family in TWO_STAGES:
+        value["sampled"] = 512 if large else SAMPLED
     value["levels"] = max(3, min(value["levels"], int(math.log2(max(8.0, side / 2) / 8)) + 1))
     reason = (
         "as published"
@@ -269,6 +274,11 @@ def _augmentation(choose: Chooser, data: DataFacts) -> dict[str, Decision[Any]]:
         0.5 if augment.value == "strong" else 0.0,
         "part of the strong preset" if augment.value == "strong" else "helps only long training",
     )
+    masks = data.task == "segment"
+    if choose.request.copy_paste and not masks:
+        raise RequestError("copy_paste= needs masks, and the data has boxes only.", where="copy_paste=", next="leave it out")
+    copies = choose("copy_paste", 0.5 if masks and augment.value == "strong" else 0.0, "there are no masks" if not masks else
+                    "part of the strong preset" if augment.value == "strong" else "helps only long training")  # fmt: skip
     close = choose("close_augment", 0.0 if off else CLOSE, "nothing to switch off" if off else
                    "the last tenth of the epochs on pictures as they will be served")  # fmt: skip
-    return {"augment": augment, "flip": flip, "scale": scale, "mosaic": mosaic, "close_augment": close}
+    return {"augment": augment, "flip": flip, "scale": scale, "mosaic": mosaic, "copy_paste": copies, "close_augment": close}

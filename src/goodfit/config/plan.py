@@ -16,7 +16,7 @@ ADDED: dict[str, Any] = {  # decisions that plans of earlier versions lack, and 
     "compile": "off", "allocator": "keep", "prefetch": 2, "latency": 0.0, "latency_threads": 1, "most_epochs": 0, "time": 0.0,
     "layer_decay": 1.0, "freeze": "", "unfreeze": "never", "decay": 0.2, "milestones": [], "period": 0.0, "gamma": 0.1,
     "clip_value": 0.0, "swa": 0.0, "scale": 0.0, "multi_scale": 0.0, "progressive": 1.0, "size_step": 32,
-    "mosaic": 0.0, "detector": {},
+    "mosaic": 0.0, "detector": {}, "copy_paste": 0.0,
 }  # fmt: skip
 T_co = TypeVar("T_co", covariant=True)
 
@@ -93,6 +93,7 @@ class Plan:
     mixup: Decision[float]
     cutmix: Decision[float]
     mosaic: Decision[float]  # probability that four pictures with objects share an input
+    copy_paste: Decision[float]  # probability that objects with masks of another picture lie upon an input
     precision: Decision[str]
     channels_last: Decision[bool]
     compile: Decision[str]

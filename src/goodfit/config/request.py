@@ -114,6 +114,8 @@ class TrainRequest:
     cutmix: float | None = _ask("float", "Augmentation", "alpha of cutmix; 0 is off", low=0.0, high=10.0)
     mosaic: float | None = _ask("float", "Augmentation", "probability that four pictures with objects share an input", low=0.0,
                                 high=1.0)  # fmt: skip
+    copy_paste: float | None = _ask("float", "Augmentation", "probability that objects with masks of another picture lie upon it",
+                                    low=0.0, high=1.0)  # fmt: skip
     scale: float | None = _ask("float", "Augmentation", "zoom of the augmentation, ± this share", low=0.0, high=0.9)
     multi_scale: float | None = _ask("float", "Augmentation", "input size of each batch, ± this share of imgsz", low=0.0,
                                      high=0.9)  # fmt: skip

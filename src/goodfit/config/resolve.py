@@ -99,6 +99,9 @@ def resolve(request: TrainRequest, facts: Facts, base: Plan | None = None) -> Pl
     """
     choose = Chooser(request, base)
     data, machine, model = facts.data, facts.machine, facts.model
+    for name in ("mosaic", "copy_paste"):
+        if getattr(request, name):
+            raise RequestError(f"{name}= is for pictures with objects, and these have one class each.", where=f"{name}=", next="leave it out")
     pretrained = model.weights_kind != "none"
     imgsz = _image_size(choose, data, machine, model, pretrained)
     if facts.fitted is not None and facts.fitted.chose_size:
@@ -117,6 +120,7 @@ def resolve(request: TrainRequest, facts: Facts, base: Plan | None = None) -> Pl
         preprocessing=_preprocessing(imgsz.value, model, pretrained),
         detector=Decision({}, "one class per image", "rule"),
         mosaic=Decision(0.0, "one class per image", "rule"),
+        copy_paste=Decision(0.0, "one class per image", "rule"),
         batch=batch,
         accumulate=accumulate,
         **recipe,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from goodfit.config.sizes import InputSizes
+from goodfit.data.copy_paste import Drawn, chosen, partner_of, paste_objects
 from goodfit.data.index import DatasetIndex
 from goodfit.data.loader import MicroBatch, each_on_threads, own_threads, row_of
 from goodfit.data.objects import MaskBook, objects_of, padded
@@ -19,6 +20,7 @@ from goodfit.data.store import PictureStore
 from goodfit.runtime.letterbox import Letterbox, Place
 from goodfit.runtime.masks import CutMask
 
+COPIES = 1 << 40  # added to a sample's number for the picture that lies upon it: another place, zoom and mirror
 Collate = Callable[[npt.NDArray[np.uint8], dict[str, Any]], Any]  # images (N, 3, H, W), targets
 
 
@@ -27,7 +29,7 @@ class SceneSamples:
     """Makes augmented samples of any epoch, without state of its own; as `TrainSamples` for pictures of one class.
 
     Attributes:
-        rows: Pictures that a mosaic may take in.
+        rows: Pictures that a mosaic, or a copy of objects, may take in.
         letterbox: The input as it is served.
         sizes: The longer side of each batch's input.
         masks: Those of the objects, where they are learned too.
@@ -68,19 +70,38 @@ class SceneSamples:
         ]  # fmt: skip
         made = np.empty((len(samples), *shape, 3), np.uint8)
         with own_threads():
-            each_on_threads(len(samples), threads,
-                            lambda k: draw_scene(scenes[k], [self.store.get(p.row) for p in scenes[k]], made[k]))  # fmt: skip
-        return MicroBatch(samples, self.collate(made.transpose(0, 3, 1, 2), self._targets(scenes, shape)))
+            each_on_threads(len(samples), threads, lambda k: self._draw(scenes[k], made[k]))
+        drawn = [self._drawn(pastes, shape) for pastes in scenes]
+        if self.masks is not None and preset.copy_paste:
+            drawn = [self._with_copies(preset, epoch, int(sample), made[k], drawn[k]) for k, sample in enumerate(samples)]
+        targets = {"boxes": padded([d.boxes for d in drawn], 0.0, np.float32, width=(4,)),
+                   "classes": padded([d.classes for d in drawn], -1, np.int64)}  # fmt: skip
+        if self.masks is not None:
+            targets["masks"] = padded([d.masks for d in drawn], 0, np.uint8, width=shape)
+        return MicroBatch(samples, self.collate(made.transpose(0, 3, 1, 2), targets))
 
-    def _targets(self, scenes: list[list[Paste]], shape: tuple[int, int]) -> dict[str, npt.NDArray[Any]]:
-        boxes, classes, masks = [], [], []
-        for pastes in scenes:
-            parts = [self._objects(paste, shape) for paste in pastes]
-            boxes.append(np.concatenate([np.zeros((0, 4)), *(b for b, _, _ in parts)]))
-            classes.append(np.concatenate([np.zeros(0, np.int64), *(c for _, c, _ in parts)]))
-            masks.append(np.concatenate([np.zeros((0, *shape), np.uint8), *(m for _, _, m in parts)]))
-        made = {"boxes": padded(boxes, 0.0, np.float32, width=(4,)), "classes": padded(classes, -1, np.int64)}
-        return made if self.masks is None else {**made, "masks": padded(masks, 0, np.uint8, width=shape)}
+    def _draw(self, pastes: list[Paste], out: npt.NDArray[np.uint8]) -> None:
+        draw_scene(pastes, [self.store.get(p.row) for p in pastes], out)
+
+    def _drawn(self, pastes: list[Paste], shape: tuple[int, int]) -> Drawn:
+        parts = [self._objects(paste, shape) for paste in pastes]
+        return Drawn(np.concatenate([np.zeros((0, 4)), *(b for b, _, _ in parts)]),
+                     np.concatenate([np.zeros(0, np.int64), *(c for _, c, _ in parts)]),
+                     np.concatenate([np.zeros((0, *shape), np.uint8), *(m for _, _, m in parts)]))  # fmt: skip
+
+    def _with_copies(self, preset: ScenePreset, epoch: int, sample: int, pixels: npt.NDArray[np.uint8], under: Drawn) -> Drawn:
+        """A drawn sample with some objects of another picture upon it, if it gets some."""
+        partner = partner_of(preset.copy_paste, seed=self.seed, epoch=epoch, sample=sample, rows=self.rows)
+        if partner is None:
+            return under
+        shape = (pixels.shape[0], pixels.shape[1])
+        pastes = compose(replace(preset, mosaic=0.0), seed=self.seed, epoch=epoch, sample=COPIES + sample, row=partner, rows=self.rows,
+                         sizes=self.store.kept_sizes, shape=shape, flip=self.flip)  # fmt: skip
+        other = np.empty_like(pixels)
+        self._draw(pastes, other)
+        there = self._drawn(pastes, shape)
+        taken = chosen(len(there.boxes), seed=self.seed, epoch=epoch, sample=sample)
+        return paste_objects(pixels, under, other, Drawn(there.boxes[taken], there.classes[taken], there.masks[taken]))
 
     def _objects(
         self, paste: Paste, shape: tuple[int, int]

@@ -33,23 +33,25 @@ class ScenePreset:
     Attributes:
         zoom: The picture is scaled by 1 ± zoom of its letterboxed size.
         mosaic: Probability that four pictures share the input (Bochkovskiy et al. 2020, YOLOv4).
+        copy_paste: Probability that objects with masks of another picture lie upon it.
         colour: Brightness and contrast vary by ± this share, saturation by as much.
     """
 
     zoom: float = 0.0
     mosaic: float = 0.0
+    copy_paste: float = 0.0
     colour: float = 0.0
 
     def closing(self) -> ScenePreset:
         """What is left at the end of a run: whole pictures, a little zoomed."""
-        return replace(self, zoom=self.zoom / 3, mosaic=0.0)
+        return replace(self, zoom=self.zoom / 3, mosaic=0.0, copy_paste=0.0)
 
 
 SCENE_PRESETS = {
     "off": ScenePreset(),
     "light": ScenePreset(zoom=0.15, colour=0.1),
     "standard": ScenePreset(zoom=0.4, colour=0.2),
-    "strong": ScenePreset(zoom=0.5, mosaic=0.5, colour=0.3),
+    "strong": ScenePreset(zoom=0.5, mosaic=0.5, copy_paste=0.5, colour=0.3),
 }
 
 

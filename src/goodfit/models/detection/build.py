@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from goodfit.config.detect import split_model
+from goodfit.config.detect import SAMPLED, split_model
 from goodfit.config.plan import Plan
 from goodfit.models.detection.detr import Detr, DetrNetwork
 from goodfit.models.detection.detr_source import load_detr
@@ -17,6 +17,7 @@ from goodfit.models.detection.fcos import Fcos, FcosNetwork
 from goodfit.models.detection.pyramid import Pyramid
 from goodfit.models.detection.rcnn import Rcnn, RcnnNetwork
 from goodfit.models.detection.retinanet import RetinaNet, RetinaNetwork
+from goodfit.models.detection.ssdlite import Ssdlite, SsdliteNetwork
 from goodfit.models.detection.transfer import load_detector, read_detector_card
 from goodfit.models.weights import WeightReport, load_weights, weight_file
 
@@ -32,8 +33,8 @@ def make_family(name: str, num_levels: int, *, masks: bool = False) -> Family:
     if name == "detr":
         return Detr(has_masks=masks, exports=not masks)
     strides = tuple(8 * 2**level for level in range(num_levels))
-    if name == "retinanet":
-        return RetinaNet(strides=strides)
+    if name in ("retinanet", "ssdlite"):
+        return (RetinaNet if name == "retinanet" else Ssdlite)(strides=strides)
     return Fcos(strides=strides) if name == "fcos" else Rcnn(has_masks=name == "maskrcnn")
 
 
@@ -41,7 +42,8 @@ def make_network(family: str, backbone: str, *, num_classes: int, masks: bool = 
     """A network with random weights; a timm backbone keeps its whole length until `Pyramid.prune`.
 
     Args:
-        detector: As the plan has it: `config` of a detector of transformers; of the others `channels`, `convs` and `levels`.
+        detector: As the plan has it: `config` of a detector of transformers; of the others `channels`, `convs` and `levels`, of two
+            stages `sampled` too.
     """
     if family == "detr":
         return DetrNetwork(detector["config"], num_classes=num_classes, masks=masks)
@@ -49,11 +51,14 @@ def make_network(family: str, backbone: str, *, num_classes: int, masks: bool = 
 
 
 def _over_pyramid(
-    family: str, backbone: str, num_classes: int, *, channels: int, convs: int, levels: int, **arguments: Any
+    family: str, backbone: str, num_classes: int, *, channels: int, convs: int, levels: int, sampled: int = SAMPLED
 ) -> nn.Module:
-    pyramid = Pyramid(backbone, channels=channels, num_levels=levels, **arguments)
+    pyramid = Pyramid(backbone, channels=channels, num_levels=levels)
     if family in ("fasterrcnn", "maskrcnn"):
-        return RcnnNetwork(pyramid, num_classes=num_classes, channels=channels, masks=family == "maskrcnn")
+        return RcnnNetwork(pyramid, num_classes=num_classes, channels=channels, num_convs=convs, sampled=sampled,
+                           masks=family == "maskrcnn")  # fmt: skip
+    if family == "ssdlite":
+        return SsdliteNetwork(pyramid, num_classes=num_classes, channels=channels)
     kind = RetinaNetwork if family == "retinanet" else FcosNetwork
     return kind(pyramid, num_classes=num_classes, channels=channels, num_convs=convs)
 

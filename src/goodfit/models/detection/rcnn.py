@@ -21,7 +21,6 @@ ANCHOR = 2.0  # strides: side of a level's smaller anchors; the larger are half 
 RATIOS = (0.5, 1.0, 2.0)
 ROI, MASK_ROI = 7, 14  # places that a proposal is read at, each way
 WIDTH = 256  # of the fully connected layers: a quarter of the published 1,024, for few classes and little data
-SAMPLED = 128  # proposals of an image that the second stage learns from: a quarter of the published 512
 
 
 class RcnnNetwork(nn.Module):
@@ -29,7 +28,10 @@ class RcnnNetwork(nn.Module):
 
     pretrained_cfg = {"classifier": ("pyramid.fpn", "pyramid.more", "rpn", "roi_heads")}  # noqa: RUF012  what is new
 
-    def __init__(self, pyramid: Pyramid, *, num_classes: int, channels: int, masks: bool) -> None:
+    def __init__(
+        self, pyramid: Pyramid, *, num_classes: int, channels: int, num_convs: int, sampled: int, masks: bool
+    ) -> None:
+        """Of `num_convs` convolutions in the head of masks; learning from `sampled` proposals of an image."""
         super().__init__()
         from torchvision.models.detection.anchor_utils import AnchorGenerator
         from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
@@ -55,12 +57,12 @@ class RcnnNetwork(nn.Module):
         if masks:
             mask_parts = {
                 "mask_roi_pool": MultiScaleRoIAlign(pooled, MASK_ROI, 2),
-                "mask_head": MaskRCNNHeads(channels, (channels,) * 4, 1),
+                "mask_head": MaskRCNNHeads(channels, (channels,) * num_convs, 1),
                 "mask_predictor": MaskRCNNPredictor(channels, channels, num_classes + 1),
             }
         self.roi_heads = RoIHeads(
             MultiScaleRoIAlign(pooled, ROI, 2), TwoMLPHead(channels * ROI**2, WIDTH), FastRCNNPredictor(WIDTH, num_classes + 1),
-            0.5, 0.5, SAMPLED, 0.25, None, 0.01, 0.5, 100, **mask_parts,
+            0.5, 0.5, sampled, 0.25, None, 0.01, 0.5, 100, **mask_parts,
         )  # fmt: skip
 
     def forward(

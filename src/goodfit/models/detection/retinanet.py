@@ -43,20 +43,21 @@ class RetinaNetwork(nn.Module):
         return {"cls_logits": made["cls_logits"], "bbox_regression": made["bbox_regression"]}
 
 
+def level_anchors(model: Any, strides: tuple[int, ...], shape: Shape, device: torch.device) -> torch.Tensor:
+    """The anchors of an input from a network's `anchors`, levels one after another, shape (A, 4)."""
+    from torchvision.models.detection.image_list import ImageList
+
+    maps = [torch.empty(1, 1, -(-shape[0] // s), -(-shape[1] // s), device=device) for s in strides]
+    made: torch.Tensor = model.anchors(ImageList(torch.empty(1, 3, *shape, device=device), [shape]), maps)[0]
+    return made
+
+
 @dataclass(frozen=True, kw_only=True)
 class RetinaNet(OneStage):
     """What belongs to a `RetinaNetwork` besides its weights. The library's loss is a mean over images, each divided by the anchors
     that answer for its objects: times the images it is a sum, and they are its count."""
 
     strides: tuple[int, ...]
-
-    def _anchors(self, model: Any, shape: Shape, device: torch.device) -> torch.Tensor:
-        """Of one image, shape (A, 4)."""
-        from torchvision.models.detection.image_list import ImageList
-
-        maps = [torch.empty(1, 1, -(-shape[0] // s), -(-shape[1] // s), device=device) for s in self.strides]
-        made: torch.Tensor = model.anchors(ImageList(torch.empty(1, 3, *shape, device=device), [shape]), maps)[0]
-        return made
 
     def terms(self, model: nn.Module, outputs: Any, boxes: torch.Tensor, classes: torch.Tensor, shape: Shape) -> Terms:
         """Focal loss of the classes and L1 loss of the boxes, as torchvision has them."""
@@ -65,7 +66,7 @@ class RetinaNet(OneStage):
 
         network: Any = model
         outputs = {name: made.float() for name, made in outputs.items()}
-        anchors = self._anchors(network, shape, boxes.device)
+        anchors = level_anchors(network, self.strides, shape, boxes.device)
         matcher, targets = Matcher(FOREGROUND, BACKGROUND, allow_low_quality_matches=True), listed(boxes, classes)
         matched = [
             matcher(box_iou(t["boxes"], anchors))
@@ -82,7 +83,7 @@ class RetinaNet(OneStage):
         from torchvision.models.detection._utils import BoxCoder
 
         offsets, logits = outputs["bbox_regression"].float(), outputs["cls_logits"].float()
-        anchors = self._anchors(model, shape, offsets.device)
+        anchors = level_anchors(model, self.strides, shape, offsets.device)
         coder = BoxCoder(weights=(1.0, 1.0, 1.0, 1.0))
         boxes = torch.stack([coder.decode_single(row, anchors) for row in offsets.unbind(0)])
         return cut_at_edges(boxes, shape), torch.sigmoid(logits)
