@@ -260,7 +260,7 @@ def test_a_detector_of_transformers_goes_from_its_folder_to_a_bundle(scenes, tmp
     """Its description and weights come from a folder as the hub has it; the finished bundle does not need that."""
     pytest.importorskip("transformers", reason="the extra detr is not installed")
     folder = write_tiny(tmp_path / "tiny", "rt_detr_v2", labels=["7", "cat", "3"])
-    asked = {"model": f"detr/{folder}", "max_bad": 0.1, "measure": False, "imgsz": 96, "batch": 8, "project": str(tmp_path / "runs")}
+    asked = {"pretrained": str(folder), "max_bad": 0.1, "measure": False, "imgsz": 96, "batch": 8, "project": str(tmp_path / "runs")}
     made = goodfit.train(scenes, epochs=2, **asked)
     assert made.result["task"] == "detect" and made.plan.detector.value["config"]["model_type"] == "rt_detr_v2"
     assert made.plan.lr.value < made.plan.head_lr.value < 1.1e-4 and made.plan.clip.value == 0.1
@@ -273,6 +273,5 @@ def test_a_detector_of_transformers_goes_from_its_folder_to_a_bundle(scenes, tmp
     files = [scenes / "images" / f"{n:04d}.png" for n in range(3)]
     rows = Predictor(made.bundle).predict(files, threshold=0.0)
     assert all(len(row["objects"]) == 100 for row in rows)
-    del asked["model"]
-    again = goodfit.train(scenes, pretrained=str(made.path), epochs=1, **asked)
+    again = goodfit.train(scenes, epochs=1, **{**asked, "pretrained": str(made.path)})
     assert again.plan.model.value == made.plan.model.value and again.plan.weights.value.endswith("bundle/model.safetensors")

@@ -199,7 +199,7 @@ def test_retinanet_losses_equal_the_library():
 @torch.no_grad()
 def test_ssdlite_losses_equal_the_library():
     """Also its background class, which the classes of the data come after."""
-    from torchvision.models.detection import SSD
+    from torchvision.models.detection.ssd import SSD
 
     net, images = network(5, family="ssdlite"), torch.rand(4, 3, *SHAPE)
     boxes, labels = targets(1)

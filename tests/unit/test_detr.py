@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", reason="the extra detr is not installed")
+pytest.importorskip("transformers", reason="the extra detr is not installed")
 pytest.importorskip("scipy", reason="the extra detr is not installed")
 
 from boxes import scene_batch, targets  # noqa: E402
@@ -139,7 +139,7 @@ def test_an_average_of_the_weights_computes_with_its_own():
 
 def test_old_versions_learn_without_denoising(monkeypatch):
     assert settings({"model_type": "d_fine", **TINY["d_fine"]}, 3).num_denoising == 10
-    monkeypatch.setattr(transformers, "__version__", "5.17.0")
+    monkeypatch.setattr("transformers.__version__", "5.17.0")
     assert settings({"model_type": "d_fine", **TINY["d_fine"]}, 3).num_denoising == 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,9 +40,10 @@ def decide_detector(request: TrainRequest, audited: Audited, journal: Journal, b
     """
     with stage(journal, "plan") as note:
         data, machine = data_facts(request, audited, base), find_machine(request.device)
-        card = read_detector_card(request.pretrained) if request.pretrained else None
-        if card is not None and request.model is None:
-            request = replace(request, model=card.model)
+        described = bool(request.pretrained) and (Path(str(request.pretrained)) / CONFIG).is_file()  # for transformers
+        card = read_detector_card(request.pretrained) if request.pretrained and not described else None
+        if request.model is None and (card is not None or described):
+            request = replace(request, model=card.model if card is not None else f"detr/{request.pretrained}")
         name, pretrained = resolve_detector(request, data, machine, base)
         if split_model(name.value)[0] == "detr":
             model, detector = _of_transformers(name, pretrained, card, base, masks=data.task == "segment")
@@ -121,7 +123,10 @@ def _of_card(card: DetectorCard) -> ModelFacts:
 
 def shown_decisions(plan: Plan) -> dict[str, Decision[object]]:
     """The decisions that mean something for a detector."""
-    return {name: decision for name, decision in plan.decisions().items() if name not in NEUTRAL}
+    shown = {name: decision for name, decision in plan.decisions().items() if name not in NEUTRAL}
+    if "config" in plan.detector.value:  # hundreds of settings, which plan.json keeps
+        shown["detector"] = replace(plan.detector, value=plan.detector.value["config"]["model_type"])
+    return shown
 
 
 def _weights(facts: Facts, name: Decision[str], pretrained: Decision[str]) -> dict[str, Decision[str]]:
