@@ -12,7 +12,9 @@ from goodfit.config.detect import FAMILIES as ALL_FAMILIES
 from goodfit.models.detection.build import make_family, make_network
 from goodfit.models.detection.choose import choose_objects
 from goodfit.models.detection.fcos import Fcos
+from goodfit.outcome.detector_export import traced_problem
 from goodfit.runtime.detections import Selection, box_iou, select_objects, suppress_doubles
+from goodfit.runtime.letterbox import Letterbox
 from goodfit.tasks.detect import DetectTask
 
 FAMILIES = [name for name in ALL_FAMILIES if name != "detr"]  # those over a pyramid; test_detr.py has the others
@@ -219,3 +221,10 @@ def test_ssdlite_losses_equal_the_library():
     for mine, name in (("classes", "classification"), ("boxes", "bbox_regression")):
         total, count = made[mine]
         assert int(count) > 0 and float(total / count) == pytest.approx(float(wanted[name]), rel=1e-5), name
+
+
+@pytest.mark.parametrize("name", [n for n in FAMILIES if make_family(n, 3).exports])
+def test_every_one_stage_family_can_be_exported_for_any_number_of_images(name):
+    box = Letterbox(width=96, height=64, interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
+    pixels = torch.randint(0, 256, (3, 3, 64, 96), dtype=torch.uint8)
+    assert traced_problem(network(3, family=name), box, make_family(name, 3), pixels) == ""

@@ -55,7 +55,7 @@ def rehearse_module(
     """
     with torch.random.fork_rng():
         start, found = _check_start(model, context, few)
-        checks = [found, *_definite(model, context, schedule, build_optimizer, few)]
+        checks = [found, *definite_checks(model, context, schedule, build_optimizer, few)]
         stop_if_failed(checks)
         trained = trial_state(model, context, build_optimizer)
         plain = replace(context, transform=PlainTransform(context.transform))
@@ -69,7 +69,7 @@ def rehearse_module(
     return Rehearsal(tuple(checks), bare_rate)
 
 
-def _definite(
+def definite_checks(
     model: nn.Module, context: StepContext, schedule: Schedule, build_optimizer: Build, few: Micro
 ) -> list[Check]:
     """The checks without training, in float32 where they compare outputs."""

@@ -52,6 +52,12 @@ def level_anchors(model: Any, strides: tuple[int, ...], shape: Shape, device: to
     return made
 
 
+def decoded(coder: Any, offsets: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+    """Boxes (N, A, 4) from offsets (N, A, 4): as one list, as a loop over images would be exported for so many only."""
+    made: torch.Tensor = coder.decode_single(offsets.reshape(-1, 4), anchors.repeat(offsets.shape[0], 1))
+    return made.view(offsets.shape)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RetinaNet(OneStage):
     """What belongs to a `RetinaNetwork` besides its weights. The library's loss is a mean over images, each divided by the anchors
@@ -84,6 +90,5 @@ class RetinaNet(OneStage):
 
         offsets, logits = outputs["bbox_regression"].float(), outputs["cls_logits"].float()
         anchors = level_anchors(model, self.strides, shape, offsets.device)
-        coder = BoxCoder(weights=(1.0, 1.0, 1.0, 1.0))
-        boxes = torch.stack([coder.decode_single(row, anchors) for row in offsets.unbind(0)])
+        boxes = decoded(BoxCoder(weights=(1.0, 1.0, 1.0, 1.0)), offsets, anchors)
         return cut_at_edges(boxes, shape), torch.sigmoid(logits)

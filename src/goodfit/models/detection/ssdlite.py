@@ -12,7 +12,7 @@ from torch import nn
 
 from goodfit.models.detection.family import OneStage, Shape, Terms, cut_at_edges, listed
 from goodfit.models.detection.pyramid import Pyramid
-from goodfit.models.detection.retinanet import level_anchors
+from goodfit.models.detection.retinanet import decoded, level_anchors
 from goodfit.models.detection.transfer import ClassLayer
 
 ANCHOR = 3.0  # strides: side of a level's smaller anchor; the larger is half an octave above
@@ -77,6 +77,5 @@ class Ssdlite(OneStage):
         from torchvision.models.detection._utils import BoxCoder
 
         offsets = outputs["bbox_regression"].float()
-        anchors, coder = level_anchors(model, self.strides, shape, offsets.device), BoxCoder(WEIGHTS)
-        boxes = torch.stack([coder.decode_single(row, anchors) for row in offsets.unbind(0)])
+        boxes = decoded(BoxCoder(WEIGHTS), offsets, level_anchors(model, self.strides, shape, offsets.device))
         return cut_at_edges(boxes, shape), outputs["cls_logits"].float().softmax(dim=-1)[..., 1:]
