@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("transformers", reason="the extra detr is not installed")
 pytest.importorskip("scipy", reason="the extra detr is not installed")
@@ -16,12 +18,16 @@ from boxes import scene_batch, targets  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from tiny_detr import TINY, write_tiny  # noqa: E402
 
+from goodfit.api.decide import decide  # noqa: E402
+from goodfit.api.prepare import read_and_audit  # noqa: E402
+from goodfit.config.parse import parse_request  # noqa: E402
 from goodfit.core.errors import RequestError, WeightsError  # noqa: E402
+from goodfit.core.journal import Journal  # noqa: E402
 from goodfit.engine.ema import Ema  # noqa: E402
 from goodfit.models.detection import detr  # noqa: E402
 from goodfit.models.detection.build import make_family  # noqa: E402
 from goodfit.models.detection.detr import DetrNetwork, settings  # noqa: E402
-from goodfit.models.detection.detr_source import find_detr  # noqa: E402
+from goodfit.models.detection.detr_source import find_detr, load_detr  # noqa: E402
 from goodfit.models.detection.transfer import take_tensors  # noqa: E402
 from goodfit.outcome.detector_export import export_detector, traced_problem  # noqa: E402
 from goodfit.runtime.letterbox import Letterbox  # noqa: E402
@@ -177,16 +183,19 @@ def test_groups_of_training_are_not_counted_in_evaluation():
     assert int(count) == 2 and float(mine) == pytest.approx(float(wanted), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "masks"])
 def test_many_objects_and_none(kind):
-    net, family = network(kind, classes=3).train(), make_family("detr", 0)
+    masks = kind == "masks"
+    net, family = network("rf_detr" if masks else kind, classes=3, masks=masks).train(), make_family("detr", 0, masks=masks)
     boxes, labels = targets(3, num=2, most=30)
     labels[0] = -1
-    batch = {"image": torch.rand(2, 3, 96, 192), "boxes": boxes.clamp(max=90), "classes": labels}
+    batch = {"image": torch.rand(2, 3, 96, 96), "boxes": boxes.clamp(max=90), "classes": labels}
+    if masks:
+        batch["masks"] = torch.randint(0, 2, (2, 30, 96, 96), dtype=torch.uint8)
     for which in (slice(0, 2), slice(0, 1)):
         (total, count), = family.loss(net, {k: v[which] for k, v in batch.items()}).values()
         total.backward()
-        assert bool(torch.isfinite(total))
+        assert bool(torch.isfinite(total)) and total.ndim == 0 and float(total.detach()) > 0  # background is learned too
     assert int(count) == 0
 
 
@@ -257,3 +266,72 @@ def test_what_cannot_be_used_is_said(tmp_path, monkeypatch):
     (folder / "config.json").write_text(json.dumps({"model_type": "d_fine", "d_model": "wide"}))
     with pytest.raises(RequestError, match="cannot build|can build"):
         find_detr(str(folder), "false", asked=False, masks=False)
+
+
+def test_layers_after_the_last_used_map_are_left_away():
+    windows = {**TINY["rf_detr"]["backbone_config"], "out_features": ["stage1", "stage3"]}
+    net = network("rf_detr", classes=3, backbone_config=windows).train()
+    (total, _), = make_family("detr", 0).loss(net, scene_batch()).values()
+    total.backward()
+    without = [name for name, p in net.named_parameters() if p.grad is None and p.ndim > 1 and min(p.shape) > 1]
+    assert without == []
+
+
+def test_weights_that_lack_something_are_refused(tmp_path):
+    """The library fills up what is missing with random numbers, and says so only in its log."""
+    weights = write_tiny(tmp_path / "two", "rt_detr_v2", labels=["cat"])
+    config = {"model_type": "rt_detr_v2", **TINY["rt_detr_v2"], "decoder_layers": 3}
+    plan = SimpleNamespace(pretrained=SimpleNamespace(value="file"), weights=SimpleNamespace(value=str(weights / "model.safetensors")),
+                           task=SimpleNamespace(value="detect"), detector=SimpleNamespace(value={"config": config}))  # fmt: skip
+    with pytest.raises(WeightsError, match="not among these weights"):
+        load_detr(DetrNetwork(config, num_classes=1), plan, ["cat"])
+    plan.detector.value = {"config": {"model_type": "rt_detr_v2", **TINY["rt_detr_v2"]}}
+    report = load_detr(DetrNetwork(plan.detector.value["config"], num_classes=2), plan, ["dog", "cat"])
+    assert report.known == ("cat",) and "1 of 2 classes" in report.head
+
+
+def planned(scenes, folder, **asked):
+    request = parse_request({"data": str(scenes), "model": f"detr/{folder}", "measure": False, "batch": 8, **asked})
+    return decide(request, read_and_audit(request, Journal(None)), Journal(None))
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """Pictures that are twice as wide as high, with a box each."""
+    folder = tmp_path_factory.mktemp("data") / "wide"
+    (folder / "images").mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    names = [f"{k:02d}.png" for k in range(30)]
+    for name in names:
+        Image.fromarray(draw.integers(0, 255, (96, 192, 3), dtype=np.uint8)).save(folder / "images" / name)
+    notes = {"images": [{"id": k, "file_name": n, "width": 192, "height": 96} for k, n in enumerate(names)],
+             "categories": [{"id": 1, "name": "thing"}],
+             "annotations": [{"id": k + 1, "image_id": k, "category_id": 1, "bbox": [10 + k, 20, 60, 40], "area": 2400, "iscrowd": 0}
+                             for k in range(30)]}  # fmt: skip
+    (folder / "annotations.json").write_text(json.dumps(notes))
+    return folder
+
+
+def test_inputs_are_square_where_the_library_takes_height_for_width(wide, tmp_path):
+    """Its cutting of wide pictures into windows mixes up their places."""
+    plan = planned(wide, write_tiny(tmp_path / "rf", "rf_detr", labels=["thing"]), imgsz=96)
+    assert (plan.preprocessing.value["width"], plan.preprocessing.value["height"]) == (96, 96)
+    plan = planned(wide, write_tiny(tmp_path / "fine", "d_fine", labels=["thing"]), imgsz=192)
+    assert (plan.preprocessing.value["width"], plan.preprocessing.value["height"]) == (192, 96)
+
+
+def test_an_input_with_too_few_places_is_refused(wide, tmp_path):
+    folder = write_tiny(tmp_path / "many", "d_fine", labels=["thing"], num_queries=100)
+    with pytest.raises(RequestError, match="chooses 100 places"):
+        planned(wide, folder, imgsz=96)
+    assert planned(wide, folder, imgsz=192).imgsz.value == 192
+    with pytest.raises(RequestError, match="chooses 100 places"):
+        planned(wide, folder, imgsz=192, multi_scale=0.5)
+
+
+def test_rates_belong_to_their_optimizer(wide, tmp_path):
+    folder = write_tiny(tmp_path / "tiny", "d_fine", labels=["thing"])
+    usual = planned(wide, folder, imgsz=192)
+    assert usual.head_lr.value == pytest.approx(10 * usual.lr.value, rel=0.01) and usual.clip.value == 0.1
+    assert planned(wide, folder, imgsz=192, optimizer="sgd").head_lr.value > 0.005
+    assert planned(wide, folder, imgsz=192, clip_value=0.5).clip.value == 0.0

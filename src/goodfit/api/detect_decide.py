@@ -18,6 +18,7 @@ from goodfit.config.measured import Measured
 from goodfit.config.plan import Decision, Plan
 from goodfit.config.request import TrainRequest
 from goodfit.config.resolve import data_decisions
+from goodfit.core.errors import RequestError
 from goodfit.core.journal import Journal
 from goodfit.engine.device import find_machine
 from goodfit.engine.freezing import plan_freezing
@@ -92,10 +93,13 @@ def _of_transformers(
 ) -> tuple[ModelFacts, dict[str, Decision[Any]]]:
     """The facts of a detector of the transformers library, and its configuration as a decision."""
     source, config = split_model(name.value)[1], None
+    if card is not None and card.model != name.value:
+        raise RequestError(f"The weights are those of {card.model}, not of {name.value}.", where="pretrained=",
+                           next=f"leave model out, or use model={card.model}")  # fmt: skip
     if card is not None:
         config = card.detector["config"]
-    elif base is not None:
-        config = base.detector.value.get("config")
+    elif base is not None and base.model.value == name.value:
+        config = base.detector.value["config"]
     found, config = find_detr(source, "false" if card is not None else pretrained.value, asked=pretrained.source == "asked",
                               masks=masks, config=config)  # fmt: skip
     if card is not None:

@@ -6,9 +6,10 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from goodfit.api import finish
 from goodfit.api.detect_decide import shown_decisions
 from goodfit.api.detect_parts import JUDGED, DetectParts
-from goodfit.api.finish import LR, NUM_PICTURES, commands, describe_latency, precisely, rate, served_files
+from goodfit.api.finish import commands, describe_latency, precisely, rate, served_files
 from goodfit.api.folder import AUDIT, Run
 from goodfit.api.prepare import stage
 from goodfit.api.verdict import compare_projection, judge_time
@@ -32,7 +33,6 @@ from goodfit.outcome.bundle import DETECT_SCRIPT, TORCH_SCRIPT, Exporter, librar
 from goodfit.outcome.detection_plots import plot_confidence, plot_found, plot_scenes
 from goodfit.outcome.detector_export import check_detector_parity, export_detector
 from goodfit.outcome.ledger import count_look
-from goodfit.outcome.lr_plot import plot_schedule
 from goodfit.outcome.plots import plot_confusion, plot_results
 from goodfit.outcome.report import write_report
 from goodfit.outcome.torch_predictor import TorchPredictor, check_torch_bundle, no_export
@@ -44,24 +44,8 @@ MASKS = ("mask_ap", "mask_ap50", "mask_ap75")
 
 
 def picture_stage(run: Run, parts: DetectParts, journal: Journal) -> None:
-    """Draw train_batch.png and val_batch.png: the very tensors that the model sees, with their boxes; and lr.png."""
-    with stage(journal, "pictures") as note:
-        plots = run.path / "plots"
-        plots.mkdir(exist_ok=True)
-        context, names = parts.context, parts.index.class_names
-        micro = parts.train.group(0, 0, parts.state.progress.num_micro)[0]
-        keys: dict[str, Any] = {"epoch": 0, "step": 0, "rank": 0, "micro": 0, "closing": False}
-        train = context.transform.train(context.device.move(micro.data), samples=micro.samples, **keys)
-        few = next(iter(parts.eval_loader(parts.val.rows[:NUM_PICTURES])))
-        val = context.transform.evaluate(context.device.move(few.data))
-        for name, batch in (("train", train), ("val", val)):
-            plot_scenes(batch, names, parts.preprocessing, plots / f"{name}_batch.png")
-        peaks: dict[float, list[str]] = {}
-        for group in parts.state.optimizer.param_groups:
-            peaks.setdefault(group["peak_lr"], []).append(group["name"])
-        plot_schedule(parts.state.progress.schedule, {", ".join(dict.fromkeys(n)): lr for lr, n in peaks.items()},
-                      parts.train.steps_per_epoch, plots / LR)  # fmt: skip
-        note.text = str(plots / "train_batch.png")
+    """As that of pictures with one class each, with the boxes and masks of the objects."""
+    finish.picture_stage(run, parts, journal, plot_scenes)
 
 
 def _judge(parts: DetectParts, rows: Any) -> DetectionMeter:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from goodfit.api.assemble import ImageParts, Parts
+from goodfit.api.detect_parts import DetectParts
 from goodfit.api.folder import AUDIT, PLAN, Run, load_request
 from goodfit.api.latency import typical_files
 from goodfit.api.prepare import stage
@@ -205,9 +206,13 @@ def describe_latency(latency: dict[str, Any]) -> str:
     return f"{text}, {latency['verdict']}" if latency.get("verdict") else text
 
 
-def picture_stage(run: Run, parts: Parts, journal: Journal) -> None:
+def picture_stage(run: Run, parts: Parts | DetectParts, journal: Journal, draw: Callable[..., None] = plot_batch) -> None:
     """Draw train_batch.png and val_batch.png: the very tensors that the model sees, with their labels; lr.png, the planned
-    learning rates; and the range test's curve, where there was one."""
+    learning rates; and the range test's curve, where there was one.
+
+    Args:
+        draw: Of a batch, the class names, the preprocessing and the file.
+    """
     with stage(journal, "pictures") as note:
         plots = run.path / "plots"
         plots.mkdir(exist_ok=True)
@@ -218,7 +223,7 @@ def picture_stage(run: Run, parts: Parts, journal: Journal) -> None:
         few = next(iter(parts.eval_loader(parts.val.rows[:NUM_PICTURES])))
         val = context.transform.evaluate(context.device.move(few.data))
         for name, batch in (("train", train), ("val", val)):
-            plot_batch(batch, names, parts.preprocessing, plots / f"{name}_batch.png")
+            draw(batch, names, parts.preprocessing, plots / f"{name}_batch.png")
         peaks: dict[float, list[str]] = {}
         for group in parts.state.optimizer.param_groups:
             peaks.setdefault(group["peak_lr"], []).append(group["name"])

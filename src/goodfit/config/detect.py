@@ -10,7 +10,7 @@ from typing import Any
 
 from goodfit.config.chooser import Chooser
 from goodfit.config.execution import choose_execution
-from goodfit.config.facts import DataFacts, Facts, MachineFacts
+from goodfit.config.facts import DataFacts, Facts, MachineFacts, ModelFacts
 from goodfit.config.monitor import check_monitor
 from goodfit.config.plan import Decision, Plan
 from goodfit.config.recipe import choose_recipe
@@ -139,7 +139,7 @@ def resolve_detect(
     batch, accumulate = _batch(choose, facts)
     recipe = choose_recipe(choose, facts, batch.value)
     if split_model(decided["model"].value)[0] == "detr":
-        recipe |= _attentive(choose, facts, batch.value)
+        recipe |= _attentive(choose.unless_changed("optimizer"), facts, batch.value, recipe)
     epochs = recipe["epochs"].value
     sizes = choose_sizes(choose, facts.model, imgsz.value, epochs)
     inputs = InputSizes(imgsz=imgsz.value, epochs=epochs, step=step, multi_scale=sizes["multi_scale"].value,
@@ -153,12 +153,14 @@ def resolve_detect(
         f"average precision{' of the masks' if masks else ''} over IoU 0.5 to 0.95; ties are broken by the loss",
     )
     check_monitor(monitor.value, (*FIGURES, *(MASK_FIGURES if masks else ())))
-    detector = decided.get("detector") or _architecture(choose, facts.machine, inputs.smallest * min(facts.data.shape),
+    letterbox = _letterbox(imgsz.value, facts)
+    _check_places(facts.model, inputs, letterbox.value)
+    detector = decided.get("detector") or _architecture(choose.unless_changed("model"), facts.machine, inputs.smallest * min(facts.data.shape),
                                                                  split_model(decided["model"].value)[0])  # fmt: skip
     return Plan(
         **{**decided, "detector": detector},
         imgsz=imgsz,
-        preprocessing=_letterbox(imgsz.value, facts),
+        preprocessing=letterbox,
         batch=batch,
         accumulate=accumulate,
         **recipe,
@@ -174,9 +176,11 @@ def resolve_detect(
     )
 
 
-def _attentive(choose: Chooser, facts: Facts, batch: int) -> dict[str, Decision[Any]]:
+def _attentive(choose: Chooser, facts: Facts, batch: int, recipe: dict[str, Decision[Any]]) -> dict[str, Decision[Any]]:
     """Rates, decay and clipping of detectors of transformers, as their authors have them (RT-DETR: 1e-4 and a tenth of it for the
-    backbone at batch 16, decay 1e-4, gradients' norm at most 0.1), by the square-root rule."""
+    backbone at batch 16, decay 1e-4, gradients' norm at most 0.1), by the square-root rule; of other optimizers than AdamW nothing."""
+    if recipe["optimizer"].value != "adamw":
+        return {}
     peak = float(f"{1e-4 * math.sqrt(batch / 16):.3g}")
     new = facts.model.weights_kind == "none"
     rule = "1e-4 at batch 16, square-root rule, as the authors of RT-DETR have it"
@@ -184,7 +188,8 @@ def _attentive(choose: Chooser, facts: Facts, batch: int) -> dict[str, Decision[
         "lr": choose("lr", peak if new else float(f"{peak / 10:.3g}"), rule if new else f"a tenth of {rule}: the backbone is pretrained"),
         "head_lr": choose("head_lr", peak, rule),
         "weight_decay": choose("weight_decay", 1e-4, "as its authors have it; none on norms and biases"),
-        "clip": choose("clip", 0.1, "as its authors have it: attention has rare large gradients"),
+        "clip": recipe["clip"] if recipe["clip_value"].value else
+        choose("clip", 0.1, "as its authors have it: attention has rare large gradients"),
     }  # fmt: skip
 
 
@@ -205,8 +210,8 @@ def _image_size(choose: Chooser, data: DataFacts, machine: MachineFacts, step: i
 
 
 def _letterbox(imgsz: int, facts: Facts) -> Decision[dict[str, Any]]:
-    wide, high = facts.data.shape
     model = facts.model
+    wide, high = (1.0, 1.0) if model.square else facts.data.shape
     step = model.size_step
     width, height = (max(step, min(imgsz, step * math.ceil(imgsz * share / step - 0.25))) for share in (wide, high))
     value = {
@@ -217,9 +222,18 @@ def _letterbox(imgsz: int, facts: Facts) -> Decision[dict[str, Any]]:
         "mean": list(model.mean),
         "std": list(model.std),
     }
-    return Decision(
-        value, f"pictures are scaled into {width} × {height} pixels, the shape that they have; the rest is grey", "rule"
-    )
+    why = "as this detector takes square inputs only" if model.square else "the shape that they have"
+    return Decision(value, f"pictures are scaled into {width} × {height} pixels, {why}; the rest is grey", "rule")
+
+
+def _check_places(model: ModelFacts, inputs: InputSizes, letterbox: dict[str, Any]) -> None:
+    """Refuse inputs with fewer places than the detector chooses."""
+    shares = [letterbox[side] / max(letterbox["width"], letterbox["height"]) for side in ("width", "height")]
+    places = sum(math.prod(int(inputs.smallest * share) // stride for share in shares) for stride in model.strides)
+    if model.strides and places < model.most_places:
+        raise RequestError(f"{model.name} chooses {model.most_places} places of an input, and the smallest of {inputs.smallest} pixels has "
+                           f"{places}.", where="imgsz=", next=f"use imgsz={math.ceil(inputs.imgsz * (model.most_places / places) ** 0.5 / STEP + 1) * STEP} "
+                           "or more, or another model")  # fmt: skip
 
 
 def _architecture(choose: Chooser, machine: MachineFacts, side: float, family: str) -> Decision[dict[str, Any]]:

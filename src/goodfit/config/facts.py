@@ -65,6 +65,9 @@ class ModelFacts:
     size_step: int = 32  # between two sides that training may vary over, pixels; 0 if it takes one size only
     labels: tuple[str, ...] = ()  # classes that the weights' head knows
     known_classes: int = 0  # of the data, among them
+    square: bool = False  # it takes square inputs only
+    most_places: int = 0  # of the input that a detector chooses; it must have as many
+    strides: tuple[int, ...] = ()  # pixels between those places, by level
     bundle_imgsz: int = 0  # that the weights were trained at, where they are a bundle's; pixels
 
 

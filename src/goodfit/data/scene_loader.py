@@ -100,7 +100,7 @@ class SceneSamples:
         other = np.empty_like(pixels)
         self._draw(pastes, other)
         there = self._drawn(pastes, shape)
-        taken = chosen(len(there.boxes), seed=self.seed, epoch=epoch, sample=sample)
+        taken = chosen(len(there.boxes), seed=self.seed, epoch=epoch, sample=sample) & there.masks.any(axis=(1, 2))
         return paste_objects(pixels, under, other, Drawn(there.boxes[taken], there.classes[taken], there.masks[taken]))
 
     def _objects(

@@ -11,10 +11,16 @@ from goodfit.engine.step import StepContext
 from goodfit.models.detection.choose import choose_objects
 from goodfit.models.detection.family import OneStage, shape_of
 from goodfit.planning.checks import Check
+from goodfit.planning.tensors import pick
 from goodfit.tasks.detect import DetectTask
 
 NAME = "loss and evaluation agree"
-MOST = 4  # images
+MEANING = (
+    "the loss and the evaluation read boxes or classes differently: counted from 1 or with a background, x and y changed, or the "
+    "place of a picture in the input mistaken"
+)
+MOST = 4  # images ...
+CROWDED = 50  # ... with as many objects at most: of more, some lie upon each other, and a hundred are reported
 STEPS = 80
 RATE = 0.15  # of Adam: a score of a new network needs a way of 8, the side of the largest object of a level one of 8
 START = 0.1  # added to the outputs: a box without extent, as new networks have many, has no gradient
@@ -36,8 +42,11 @@ def check_found(model: nn.Module, context: StepContext, few: Any, num: int) -> C
     task = context.task
     assert isinstance(task, DetectTask) and isinstance(task.family, OneStage)
     family, shape = task.family, shape_of(few["image"])
-    rows = min(num, MOST)
-    few = {k: v[:rows] for k, v in few.items() if isinstance(v, torch.Tensor | list)}
+    counts = (few["classes"] >= 0).sum(dim=1).tolist()
+    rows = [k for k in sorted(range(num), key=counts.__getitem__) if 0 < counts[k] <= CROWDED][:MOST]
+    if not rows:
+        return Check(NAME, True, f"no sample has 1 to {CROWDED} objects: not asked", MEANING)
+    few = pick(few, rows, num)
     with torch.no_grad():
         made = model.eval()(few["image"])
     outputs = {name: (values.float() + START).requires_grad_() for name, values in made.items()}
@@ -61,6 +70,5 @@ def check_found(model: nn.Module, context: StepContext, few: Any, num: int) -> C
         NAME,
         figure >= FOUND,
         f"outputs that follow the loss ({float(losses[0]):.2f} → {float(losses[-1]):.2f}) find the objects with AP50 {figure:.2f}",
-        "the loss and the evaluation read boxes or classes differently: counted from 1 or with a background, x and y changed, or the "
-        "place of a picture in the input mistaken",
+        MEANING,
     )

@@ -44,11 +44,16 @@ def settings(config: dict[str, Any], num_classes: int) -> Any:
     return transformers.AutoConfig.for_model(kept.pop("model_type"), num_labels=num_classes, **kept)
 
 
+def is_class_layer(name: str) -> bool:
+    """Whether the library's module of this name has a row for every class."""
+    return bool(_CLASS_LAYERS.search(name))
+
+
 class DetrNetwork(nn.Module):
     """The library's network around a configuration; images (N, 3, H, W), and its outputs as it gives them.
 
-    Its loss, and attention that reads at places between pixels, are computed in float32 whatever the rest is: half precision has too
-    few places.
+    Its loss, attention that reads at places between pixels, and the heads whose offsets are added to places are computed in float32
+    whatever the rest is: half precision has too few digits.
     """
 
     def __init__(self, config: dict[str, Any], *, num_classes: int, masks: bool = False) -> None:
@@ -59,14 +64,16 @@ class DetrNetwork(nn.Module):
         wanted = settings(config, num_classes)
         self.network = kind(wanted) if masks else kind.from_config(wanted)
         self.network.loss_function = _Loss(self.network.loss_function)
-        for module in self.network.modules():
-            if type(module).__name__.endswith("MultiscaleDeformableAttention"):
+        _leave_unused_away(self.network)
+        for name, module in self.network.named_modules():
+            places = "bbox" in name.rstrip("0123456789.").rpartition(".")[2] and not isinstance(module, nn.ModuleList)
+            if places or type(module).__name__.endswith("MultiscaleDeformableAttention"):
                 module.__class__ = _in_float32(type(module))
         self.pretrained_cfg = {"classifier": _all_but_backbone(self.network)}
         self.class_layers = tuple(
             ClassLayer(f"network.{name}", padding=isinstance(module, nn.Embedding))
             for name, module in self.network.named_modules()
-            if _CLASS_LAYERS.search(name) and isinstance(module, nn.Linear | nn.Embedding)
+            if is_class_layer(name) and isinstance(module, nn.Linear | nn.Embedding)
         )
 
     def forward(self, images: torch.Tensor, labels: list[dict[str, torch.Tensor]] | None = None) -> Any:
@@ -87,6 +94,14 @@ def _all_but_backbone(network: nn.Module) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _leave_unused_away(network: nn.Module) -> None:
+    """Cut the layers of RF-DETR's backbone that come after the last whose map is used: they would never get a gradient."""
+    for module in network.modules():
+        config = getattr(module, "config", None)
+        if type(module).__name__ == "RfDetrDinov2Backbone" and config is not None:
+            module.encoder.layer = module.encoder.layer[: max(config.out_indices)]
+
+
 @functools.cache
 def _in_float32(kind: type[nn.Module]) -> type[nn.Module]:
     """The same module, computed in float32 under autocast too. A class and not a wrapped method: copies of the network stay whole."""
@@ -102,16 +117,20 @@ def _in_float32(kind: type[nn.Module]) -> type[nn.Module]:
 
 @dataclass(frozen=True)
 class _Loss:
-    """The library's loss, in float32; RF-DETR's for as many groups of queries as there are: it counts those of training in
-    evaluation too, where there is one."""
+    """The library's loss, in float32; RF-DETR's for as many groups of queries as there are, as it counts those of training in
+    evaluation too, where there is one, and with masks as one number also where no picture has an object."""
 
     function: Callable[..., Any]
 
     def __call__(self, logits: torch.Tensor, labels: Any, device: Any, boxes: torch.Tensor, *more: Any, **named: Any) -> Any:
         values = [_with_groups(v, logits) for v in more]
         with torch.autocast(logits.device.type, enabled=False):
-            return self.function(logits.float(), labels, device, boxes.float(), *map(_as_float32, values),
-                                 **{k: _as_float32(v) for k, v in named.items()})  # fmt: skip
+            loss, terms, more = self.function(logits.float(), labels, device, boxes.float(), *map(_as_float32, values),
+                                              **{k: _as_float32(v) for k, v in named.items()})  # fmt: skip
+        if loss.numel() != 1:  # terms of no masks have no elements, and so has their sum; of boxes there are none either
+            (config,) = (v for v in values if hasattr(v, "class_loss_coefficient"))
+            loss = sum(t.sum() * (config.class_loss_coefficient if k.startswith("loss_ce") else 0.0) for k, t in terms.items())
+        return loss, terms, more
 
 
 def _with_groups(value: Any, logits: torch.Tensor) -> Any:

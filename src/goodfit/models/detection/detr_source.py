@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from goodfit.config.facts import ModelFacts
 from goodfit.config.plan import Plan
 from goodfit.core.errors import RequestError, StorageError, WeightsError
 from goodfit.core.safeio import read_json
 from goodfit.models.catalog import IMAGENET_MEAN, IMAGENET_STD, hub_problem
-from goodfit.models.detection.detr import DetrNetwork, settings
+from goodfit.models.detection.detr import DetrNetwork, is_class_layer, settings
 from goodfit.models.detection.transfer import take_tensors
 from goodfit.models.weights import WEIGHTS, WeightReport, weight_file
 
@@ -41,6 +39,7 @@ def find_detr(
         RequestError: the library is not installed, or this is none of its detectors.
         WeightsError: the description cannot be had, or weights that were asked for.
     """
+    known = config is not None
     config = config or _described(source)
     kind = config.get("model_type")
     _check(kind, source, masks)
@@ -50,7 +49,7 @@ def find_detr(
     if problem and asked:
         raise WeightsError(f"The weights of {source} cannot be had: {problem}.", where="pretrained=", kept="nothing was started",
                            next="use a folder with config.json and model.safetensors, or train from scratch with pretrained=false")  # fmt: skip
-    if found_kind == "none" and "freeze_backbone_batch_norms" in config:
+    if found_kind == "none" and not known and kind != MASK_KIND:
         config = {**config, "freeze_backbone_batch_norms": False}  # they know nothing yet
     try:
         network = DetrNetwork(config, num_classes=1, masks=masks)
@@ -62,6 +61,7 @@ def find_detr(
         name=source, num_parameters=sum(p.numel() for p in network.parameters()), native_imgsz=640, stride=_step(own), mean=mean, std=std,
         interpolation="bilinear", crop_share=1.0, weights=weights, weights_kind=found_kind, weights_problem=problem,
         licence="not stated; see its card" if weights else "none", has_drop_path=False, has_attention=True, size_step=_step(own),
+        square=_windows(own) > 1, most_places=own.num_queries, strides=_strides(own),
         labels=_labels(config) if weights else (),
     )  # fmt: skip
     return facts, config
@@ -86,10 +86,14 @@ def load_detr(network: DetrNetwork, plan: Plan, class_names: Sequence[str]) -> W
     kind: Any = transformers.RfDetrForInstanceSegmentation if masks else transformers.AutoModelForObjectDetection
     own = settings(plan.detector.value["config"], len(labels))
     try:
-        source: nn.Module = kind.from_pretrained(folder, config=own, use_safetensors=True, local_files_only=True)
+        source, told = kind.from_pretrained(folder, config=own, use_safetensors=True, local_files_only=True, output_loading_info=True)
     except Exception as error:
         raise WeightsError(f"transformers cannot load these weights: {str(error)[:300]}", where=str(folder),
                            next="use pretrained=false, or other weights") from error  # fmt: skip
+    missing = [name for name in told["missing_keys"] if not is_class_layer(name.rpartition(".")[0])]
+    if missing:
+        raise WeightsError(f"{len(missing)} tensors of the detector are not among these weights (first: {missing[0]}).", where=str(folder),
+                           next="use the folder that the model was described in")  # fmt: skip
     found = {f"network.{name}": tensor for name, tensor in source.state_dict().items()}
     return take_tensors(network, found, labels, class_names, where=str(folder), next="use the folder that the model was described in")
 
@@ -144,7 +148,7 @@ def _weights(source: str) -> tuple[str, str, str]:
     """Where the weights are, whether that is a "file" or the "hub", and why they cannot be had."""
     path = Path(source)
     path = path / WEIGHTS if path.is_dir() else path
-    if path.is_file():
+    if path.is_file() and path.name == WEIGHTS:  # its config.json lies beside it
         return str(path.resolve()), "file", ""
     if Path(source).is_dir() or not _is_repository(source):
         return "", "none", f"there is no {WEIGHTS} in {source}"
@@ -175,7 +179,19 @@ def _colours(source: str, kind: str) -> tuple[tuple[float, float, float], tuple[
 
 def _step(own: Any) -> int:
     """What both sides of an input are multiples of: 32, and whole windows of patches where the backbone attends within those."""
-    backbone = own.backbone_config
-    patch, windows = getattr(backbone, "patch_size", None), getattr(backbone, "num_windows", None)
-    return int(patch) * int(windows) if isinstance(patch, int) and windows else STEP
+    return _strides(own)[0] * _windows(own) if own.model_type == MASK_KIND else STEP
+
+
+def _windows(own: Any) -> int:
+    """Windows each way that the backbone attends within. Where there are several, the library takes height for width when it cuts
+    pictures into them, so that they must be square."""
+    return int(getattr(own.backbone_config, "num_windows", 1))
+
+
+def _strides(own: Any) -> tuple[int, ...]:
+    """Pixels between the places of each level that the first stage chooses queries from."""
+    if own.model_type != MASK_KIND:
+        return tuple(int(s) for s in own.feat_strides)
+    patch = own.backbone_config.patch_size
+    return (int(patch if isinstance(patch, int) else patch[0]),)
 
