@@ -38,7 +38,9 @@ TINY = {
 }  # fmt: skip
 
 
-def write_tiny(folder: Path, kind: str, *, labels: list[str], seed: int = 0, masks: bool = False, **more: object) -> Path:
+def write_tiny(
+    folder: Path, kind: str, *, labels: list[str], seed: int = 0, masks: bool = False, **more: object
+) -> Path:
     """A folder with config.json and model.safetensors of random weights, as the library saves them."""
     import transformers
 
@@ -46,7 +48,11 @@ def write_tiny(folder: Path, kind: str, *, labels: list[str], seed: int = 0, mas
     config = transformers.AutoConfig.for_model(kind, **{**TINY[kind], **more}, num_labels=len(labels))
     config.id2label = dict(enumerate(labels))
     config.label2id = {name: number for number, name in enumerate(labels)}
-    made = transformers.RfDetrForInstanceSegmentation(config) if masks else transformers.AutoModelForObjectDetection.from_config(config)
+    made = (
+        transformers.RfDetrForInstanceSegmentation(config)
+        if masks
+        else transformers.AutoModelForObjectDetection.from_config(config)
+    )
     made.save_pretrained(folder)
     assert json.loads((folder / "config.json").read_text())["model_type"] == kind
     return folder

@@ -120,11 +120,19 @@ def test_equal_to_pycocotools_on_awkward_sets(how, name):
 @pytest.mark.data
 @pytest.mark.parametrize(
     "folder",
-    ["detect/bccd_voc", "detect/facemask_coco", "segment/coco128/object_detection", "segment/coco128/instance_segmentation", "segment/nuclei_dsb2018"],
+    [
+        "detect/bccd_voc",
+        "detect/facemask_coco",
+        "segment/coco128/object_detection",
+        "segment/coco128/instance_segmentation",
+        "segment/nuclei_dsb2018",
+    ],
 )
 def test_equal_to_pycocotools_on_every_real_dataset(real_data, folder):
     """Its own objects, each found once to twice and somewhat off; boxes, and masks where it has some."""
-    index = read_and_audit(parse_request({"data": str(real_data / folder), "max_bad": 0.5, "suspects": False}), Journal(None)).index
+    index = read_and_audit(
+        parse_request({"data": str(real_data / folder), "max_bad": 0.5, "suspects": False}), Journal(None)
+    ).index
     draw, images, masks = np.random.default_rng(0), [], []
     book, num = MaskBook(index), len(index.class_names)
     for row in np.flatnonzero(index.splits >= 0).tolist():

@@ -30,7 +30,15 @@ def scenes(tmp_path_factory):
 
 
 def parts_of(folder, **asked):
-    given = {"data": str(folder), "batch": 8, "model": "fcos/resnet10t", "imgsz": 128, "pretrained": "false", "epochs": 5, "measure": False}
+    given = {
+        "data": str(folder),
+        "batch": 8,
+        "model": "fcos/resnet10t",
+        "imgsz": 128,
+        "pretrained": "false",
+        "epochs": 5,
+        "measure": False,
+    }
     request = parse_request({**given, **asked})
     audited = read_and_audit(request, Journal(None))
     return assemble_detector(decide(request, audited, Journal(None)), audited.index)
@@ -71,7 +79,11 @@ class Detached(Around):
     def forward(self, images):
         levels = [level.detach() for level in self.net.pyramid(images)]
         made = self.net.head(levels)
-        return {"classes": made["cls_logits"], "sides": made["bbox_regression"], "centre": made["bbox_ctrness"].squeeze(2)}
+        return {
+            "classes": made["cls_logits"],
+            "sides": made["bbox_regression"],
+            "centre": made["bbox_ctrness"].squeeze(2),
+        }
 
 
 class LooksRound(Around):
@@ -99,7 +111,9 @@ class SwappedSides(Fcos):
 
 class CornersAsSizes(Fcos):
     def terms(self, model, outputs, boxes, classes, shape):
-        return super().terms(model, outputs, torch.cat([boxes[..., :2], boxes[..., 2:] - boxes[..., :2]], dim=-1), classes, shape)
+        return super().terms(
+            model, outputs, torch.cat([boxes[..., :2], boxes[..., 2:] - boxes[..., :2]], dim=-1), classes, shape
+        )
 
 
 class Means(Fcos):

@@ -213,7 +213,9 @@ def test_ssdlite_losses_equal_the_library():
         def forward(self, images):
             return {str(k): m for k, m in enumerate(net.pyramid(images))}
 
-    theirs = SSD(Backbone(), net.anchors, SHAPE[::-1], 4, image_mean=[0, 0, 0], image_std=[1, 1, 1], head=net.head).train()
+    theirs = SSD(
+        Backbone(), net.anchors, SHAPE[::-1], 4, image_mean=[0, 0, 0], image_std=[1, 1, 1], head=net.head
+    ).train()
     net.eval()
     wanted = theirs(
         list(images), [{"boxes": b[c >= 0], "labels": c[c >= 0] + 1} for b, c in zip(boxes, labels, strict=True)]

@@ -158,7 +158,11 @@ def test_the_letterbox_at_other_sizes_and_as_plain_values():
 
 def _drawn(*masks, classes=None):
     masks = np.array(masks, np.uint8)
-    return Drawn(np.array([around(m) for m in masks]).reshape(-1, 4), np.arange(len(masks)) if classes is None else np.array(classes), masks)
+    return Drawn(
+        np.array([around(m) for m in masks]).reshape(-1, 4),
+        np.arange(len(masks)) if classes is None else np.array(classes),
+        masks,
+    )
 
 
 def _block(left, top, right, bottom, side=40):
@@ -179,7 +183,10 @@ def test_pasted_objects_cover_what_lies_under_them():
     for mask, box in zip(made.masks, made.boxes, strict=True):
         assert np.array_equal(around(mask), box)
     nothing = _drawn()
-    assert paste_objects(pixels, under, other, Drawn(nothing.boxes, nothing.classes, np.zeros((0, 40, 40), np.uint8))) is under
+    assert (
+        paste_objects(pixels, under, other, Drawn(nothing.boxes, nothing.classes, np.zeros((0, 40, 40), np.uint8)))
+        is under
+    )
 
 
 def test_copies_are_a_function_of_their_key():
@@ -206,7 +213,9 @@ def test_a_segmenter_sees_pasted_objects_with_their_masks(tmp_path):
     assert int((more.data["classes"] >= 0).sum()) > int((plain.data["classes"] >= 0).sum())
     there = more.data["classes"] >= 0
     masks = more.data["masks"][there]
-    assert bool((masks.flatten(1).sum(1) > 0).all()) and int((more.data["masks"].sum(1) > 1).sum()) == 0  # digits do not touch
+    assert (
+        bool((masks.flatten(1).sum(1) > 0).all()) and int((more.data["masks"].sum(1) > 1).sum()) == 0
+    )  # digits do not touch
     boxes = more.data["boxes"][there]
     found = np.array([around(m.numpy()) for m in masks])
     assert np.abs(found - boxes.numpy()).max() <= 3.0

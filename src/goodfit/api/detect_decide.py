@@ -81,10 +81,14 @@ def _over_pyramid(
     """A family over a timm backbone: its name with the reason, and the facts of the backbone."""
     name, pretrained = resolve_detector(request, data, machine, base)
     family, backbone = split_model(name.value)
-    found = _of_card(card) if card is not None else look_up(backbone, pretrained.value, asked=pretrained.source == "asked")
+    found = (
+        _of_card(card) if card is not None else look_up(backbone, pretrained.value, asked=pretrained.source == "asked")
+    )
     if found.weights_problem and card is None:  # the rule may take another backbone where there are no weights
         name, _ = resolve_detector(request, data, machine, base, weights=False)
-        found = replace(look_up(split_model(name.value)[1], "false", asked=False), weights_problem=found.weights_problem)
+        found = replace(
+            look_up(split_model(name.value)[1], "false", asked=False), weights_problem=found.weights_problem
+        )
     return name, replace(found, name=f"{family}/{found.name}", stride=STEP, size_step=STEP)
 
 
@@ -114,7 +118,9 @@ def _check_freezing(plan: Plan) -> None:
     if plan.freeze.value:
         whole = split_model(plan.model.value)[0] == "detr"  # the library changes weights while it builds
         with torch.device("cpu" if whole else "meta"):
-            network = make_network(*split_model(plan.model.value), num_classes=1, masks=plan.task.value == "segment", **plan.detector.value)
+            network = make_network(
+                *split_model(plan.model.value), num_classes=1, masks=plan.task.value == "segment", **plan.detector.value
+            )
         plan_freezing(network, freeze=plan.freeze.value, unfreeze=plan.unfreeze.value, steps_per_epoch=1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from safetensors.torch import load_file
@@ -31,7 +32,8 @@ from goodfit.metrics.detection import (
 )
 from goodfit.outcome.bundle import DETECT_SCRIPT, TORCH_SCRIPT, Exporter, library_versions, write_bundle
 from goodfit.outcome.detection_plots import plot_confidence, plot_found, plot_scenes
-from goodfit.outcome.detector_export import check_detector_parity, export_detector
+from goodfit.models.detection.family import Family
+from goodfit.outcome.detector_export import Unsteady, check_detector_parity, export_detector
 from goodfit.outcome.ledger import count_look
 from goodfit.outcome.plots import plot_confusion, plot_results
 from goodfit.outcome.report import write_report
@@ -158,24 +160,28 @@ def bundle_stage(run: Run, parts: DetectParts, journal: Journal, test: dict[str,
         card = {
             **parts.task.describe(), "threshold": found["threshold"], "model": plan.model.value,
             "licence": plan.weights.reason.removeprefix("licence: ") if plan.weights.value else "none: trained from scratch",
-            **({} if parts.task.family.exports else {"needs": "torch"}), "weights": plan.weights.value, "data_sha256": data_hash(index),
+            "weights": plan.weights.value, "data_sha256": data_hash(index),
             "metrics": {"train": found["train"], "val": best["metrics"] if best else {}, "test": shown},
         }  # fmt: skip
-        made = write_bundle(
-            run.bundle, parts.state.model, preprocessing=parts.preprocessing, card=card, plan=plan.to_dict(),
-            images=[index.file(int(val[i])) for i in order], served=served_files(parts), exporter=_exporter(parts),
-        )  # fmt: skip
+        write = partial(write_bundle, run.bundle, parts.state.model, preprocessing=parts.preprocessing, plan=plan.to_dict(),
+                        images=[index.file(int(val[i])) for i in order], served=served_files(parts))  # fmt: skip
+        by_torch = Exporter(no_export, check_torch_bundle, TORCH_SCRIPT, TorchPredictor)
+        note.text = ""
+        if not parts.task.family.exports:
+            made = write(card={**card, "needs": "torch"}, exporter=by_torch)
+        else:
+            try:
+                made = write(card=card, exporter=_onnx(parts.task.family))
+            except Unsteady as error:
+                note.text = f"served by torch: {error.message} "
+                made = write(card={**card, "needs": "torch"}, exporter=by_torch)
         parity = made["parity"]
-        note.text = (f"{run.bundle}  parity {parity['max_difference']:.0e} on {parity['num_files']} files, {parity['num_objects']} objects "
+        note.text += (f"{run.bundle}  parity {parity['max_difference']:.0e} on {parity['num_files']} files, {parity['num_objects']} objects "
                      f"alike · {describe_latency(made['latency'])}")  # fmt: skip
     return made
 
 
-def _exporter(parts: DetectParts) -> Exporter:
-    """ONNX where the family becomes that; else the bundle is served by torch."""
-    family = parts.task.family
-    if not family.exports:
-        return Exporter(no_export, check_torch_bundle, TORCH_SCRIPT, TorchPredictor)
+def _onnx(family: Family) -> Exporter:
     return Exporter(
         lambda network, box, path: export_detector(network, box, family, path), check_detector_parity, DETECT_SCRIPT
     )

@@ -92,7 +92,9 @@ def assemble_detector(plan: Plan, index: DatasetIndex, *, workers: int | None = 
     short = round(sizes.kept_for(plan.scale.value) * min(letterbox.shape) / max(letterbox.shape))
     store = PictureStore(index, rows, imgsz=short, cache=plan.cache.value)
     preset = SCENE_PRESETS[plan.augment.value]
-    preset = replace(preset, zoom=plan.scale.value or preset.zoom, mosaic=plan.mosaic.value, copy_paste=plan.copy_paste.value)
+    preset = replace(
+        preset, zoom=plan.scale.value or preset.zoom, mosaic=plan.mosaic.value, copy_paste=plan.copy_paste.value
+    )
     samples = SceneSamples(index=index, store=store, rows=rows, preset=preset, letterbox=letterbox, flip=plan.flip.value,
                            seed=plan.seed.value, collate=task.collate, sizes=sizes, masks=masks)  # fmt: skip
     train = TrainLoader(samples, rows, batch=plan.batch.value, workers=plan.workers.value if workers is None else workers,

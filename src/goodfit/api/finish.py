@@ -206,7 +206,9 @@ def describe_latency(latency: dict[str, Any]) -> str:
     return f"{text}, {latency['verdict']}" if latency.get("verdict") else text
 
 
-def picture_stage(run: Run, parts: Parts | DetectParts, journal: Journal, draw: Callable[..., None] = plot_batch) -> None:
+def picture_stage(
+    run: Run, parts: Parts | DetectParts, journal: Journal, draw: Callable[..., None] = plot_batch
+) -> None:
     """Draw train_batch.png and val_batch.png: the very tensors that the model sees, with their labels; lr.png, the planned
     learning rates; and the range test's curve, where there was one.
 

@@ -34,7 +34,6 @@ def rehearsal_stage(parts: Parts, journal: Journal, folder: Path | None = None) 
         folder: The run's, for `rehearsal.txt`: every check, its evidence and its meaning, whether they passed or not.
     """
 
-
     def look() -> Rehearsal:
         return rehearse(
             parts.state.model, parts.context, schedule=parts.state.progress.schedule,

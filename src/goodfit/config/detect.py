@@ -206,7 +206,9 @@ def _image_size(choose: Chooser, data: DataFacts, machine: MachineFacts, step: i
     rounded = max(step, round(decision.value / step) * step)
     if rounded == decision.value:
         return decision
-    return Decision(rounded, f"{decision.value} {decision.reason}; this detector takes multiples of {step}", decision.source)
+    return Decision(
+        rounded, f"{decision.value} {decision.reason}; this detector takes multiples of {step}", decision.source
+    )
 
 
 def _letterbox(imgsz: int, facts: Facts) -> Decision[dict[str, Any]]:
@@ -290,9 +292,18 @@ def _augmentation(choose: Chooser, data: DataFacts) -> dict[str, Decision[Any]]:
     )
     masks = data.task == "segment"
     if choose.request.copy_paste and not masks:
-        raise RequestError("copy_paste= needs masks, and the data has boxes only.", where="copy_paste=", next="leave it out")
+        raise RequestError(
+            "copy_paste= needs masks, and the data has boxes only.", where="copy_paste=", next="leave it out"
+        )
     copies = choose("copy_paste", 0.5 if masks and augment.value == "strong" else 0.0, "there are no masks" if not masks else
                     "part of the strong preset" if augment.value == "strong" else "helps only long training")  # fmt: skip
     close = choose("close_augment", 0.0 if off else CLOSE, "nothing to switch off" if off else
                    "the last tenth of the epochs on pictures as they will be served")  # fmt: skip
-    return {"augment": augment, "flip": flip, "scale": scale, "mosaic": mosaic, "copy_paste": copies, "close_augment": close}
+    return {
+        "augment": augment,
+        "flip": flip,
+        "scale": scale,
+        "mosaic": mosaic,
+        "copy_paste": copies,
+        "close_augment": close,
+    }

@@ -101,7 +101,11 @@ def resolve(request: TrainRequest, facts: Facts, base: Plan | None = None) -> Pl
     data, machine, model = facts.data, facts.machine, facts.model
     for name in ("mosaic", "copy_paste"):
         if getattr(request, name):
-            raise RequestError(f"{name}= is for pictures with objects, and these have one class each.", where=f"{name}=", next="leave it out")
+            raise RequestError(
+                f"{name}= is for pictures with objects, and these have one class each.",
+                where=f"{name}=",
+                next="leave it out",
+            )
     pretrained = model.weights_kind != "none"
     imgsz = _image_size(choose, data, machine, model, pretrained)
     if facts.fitted is not None and facts.fitted.chose_size:

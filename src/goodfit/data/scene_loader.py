@@ -73,7 +73,9 @@ class SceneSamples:
             each_on_threads(len(samples), threads, lambda k: self._draw(scenes[k], made[k]))
         drawn = [self._drawn(pastes, shape) for pastes in scenes]
         if self.masks is not None and preset.copy_paste:
-            drawn = [self._with_copies(preset, epoch, int(sample), made[k], drawn[k]) for k, sample in enumerate(samples)]
+            drawn = [
+                self._with_copies(preset, epoch, int(sample), made[k], drawn[k]) for k, sample in enumerate(samples)
+            ]
         targets = {"boxes": padded([d.boxes for d in drawn], 0.0, np.float32, width=(4,)),
                    "classes": padded([d.classes for d in drawn], -1, np.int64)}  # fmt: skip
         if self.masks is not None:
@@ -89,7 +91,9 @@ class SceneSamples:
                      np.concatenate([np.zeros(0, np.int64), *(c for _, c, _ in parts)]),
                      np.concatenate([np.zeros((0, *shape), np.uint8), *(m for _, _, m in parts)]))  # fmt: skip
 
-    def _with_copies(self, preset: ScenePreset, epoch: int, sample: int, pixels: npt.NDArray[np.uint8], under: Drawn) -> Drawn:
+    def _with_copies(
+        self, preset: ScenePreset, epoch: int, sample: int, pixels: npt.NDArray[np.uint8], under: Drawn
+    ) -> Drawn:
         """A drawn sample with some objects of another picture upon it, if it gets some."""
         partner = partner_of(preset.copy_paste, seed=self.seed, epoch=epoch, sample=sample, rows=self.rows)
         if partner is None:

@@ -122,7 +122,9 @@ def write_bundle(
 
     def fill(folder: Path) -> None:
         write_json(folder / "plan.json", plan)
-        tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in network.state_dict().items()}  # some are shared
+        tensors = {
+            name: t.detach().to("cpu", copy=True).contiguous() for name, t in network.state_dict().items()
+        }  # some are shared
         save_file(tensors, str(folder / "model.safetensors"))
         reference = draft_bundle(folder, network, preprocessing, card, exporter.export)
         made.update(read_json(folder / "bundle.json"))

@@ -25,12 +25,17 @@ from goodfit.runtime.detections import box_iou
 from goodfit.runtime.letterbox import Letterbox
 from goodfit.runtime.predictor import Predictor
 
+ROUNDING = 1e-6  # of a value, as sums in another order differ
 SURE = 0.05  # score above which an object must be found by both
 SAME_SCORE = 1e-3
 SAME_BOX = 0.98  # IoU
 CLOSE_CALL = 0.01  # of IoU, around the limit for doubles
 CHECKS = "TRANSFORMERS_DISABLE_TORCH_CHECK"
 Floats = np.ndarray[Any, Any]
+
+
+class Unsteady(ExportError):
+    """A network whose answers hang on rounding, so that another runtime cannot be held to them."""
 
 
 class Served(nn.Module):
@@ -49,8 +54,26 @@ class Served(nn.Module):
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """All candidates."""
-        boxes, scores = self._family.candidates(self.network, (image.to(torch.float32) - self.mean) / self.std)
+        boxes, scores = self._family.candidates(self.network, self._normalised(image))
         return boxes, scores
+
+    def _normalised(self, image: torch.Tensor) -> torch.Tensor:
+        return (image.to(torch.float32) - self.mean) / self.std
+
+    def is_steady(self, image: torch.Tensor) -> bool:
+        """Whether the candidates of a picture stay the same when its values change by a rounding. A network that has learned little
+        rates all places alike, and which of them it looks at then hangs on the last digit."""
+        if self.lowest is None:
+            return True
+        values = self._normalised(image)
+        if self._family.is_close_call(self.network, values):
+            return False
+        noise = torch.rand(values.shape, generator=torch.Generator().manual_seed(0)) - 0.5
+        made = [
+            [t.numpy() for t in self._family.candidates(self.network, v)]
+            for v in (values, values * (1 + ROUNDING * noise))
+        ]
+        return _difference(made[1], made[0], self.lowest) <= TOLERANCE
 
 
 def export_detector(network: nn.Module, letterbox: Letterbox, family: Family, path: Path) -> Served:
@@ -123,11 +146,16 @@ def _difference(found: Sequence[Floats], wanted: Sequence[Floats], lowest: float
     largest = 0.0
     for image in range(len(wanted[0])):
         mine, theirs = ([made[image] for made in side] for side in (found, wanted))
-        costs = sum(np.abs(f[None] - w[:, None]).sum(axis=2) / max(1.0, float(np.abs(w).max())) for f, w in zip(mine, theirs, strict=True))
+        costs = sum(
+            np.abs(f[None] - w[:, None]).sum(axis=2) / max(1.0, float(np.abs(w).max()))
+            for f, w in zip(mine, theirs, strict=True)
+        )
         rows, columns = linear_sum_assignment(costs)
         counts = np.maximum(mine[1][columns].max(axis=1), theirs[1][rows].max(axis=1)) > lowest
         if counts.any():
-            largest = max(largest, *(_apart(f[columns[counts]], w[rows[counts]]) for f, w in zip(mine, theirs, strict=True)))
+            largest = max(
+                largest, *(_apart(f[columns[counts]], w[rows[counts]]) for f, w in zip(mine, theirs, strict=True))
+            )
     return largest
 
 
@@ -142,8 +170,17 @@ def check_detector_parity(
         that of objects compared.
 
     Raises:
+        Unsteady: for half of the files or more the network's own answer hangs on a rounding; other such files are left out.
         ExportError: a difference is over the tolerance, or an object is found by one and not by the other.
     """
+    with torch.inference_mode():
+        steady = [
+            k for k, data in enumerate(files) if reference.is_steady(torch.from_numpy(predictor.pixels(data)[None]))
+        ]
+    if 2 * len(steady) <= len(files):
+        raise Unsteady(f"The answer of this network changes with a rounding on {len(files) - len(steady)} of {len(files)} files.",
+                       kept="the trained weights, in checkpoints/best", next="train it longer")  # fmt: skip
+    files, names = [files[k] for k in steady], [names[k] for k in steady]
     pixels = np.stack([predictor.pixels(data, where=name) for data, name in zip(files, names, strict=True)])
     with torch.inference_mode():
         made = [reference(torch.from_numpy(p[None])) for p in pixels]
@@ -153,7 +190,9 @@ def check_detector_parity(
     for label, found in (("one by one", [np.concatenate(parts) for parts in zip(*one_by_one, strict=True)]),
                          ("in one batch", predictor.run(pixels))):  # fmt: skip
         for number, name in enumerate(names):
-            apart = _difference([f[number : number + 1] for f in found], [w[number : number + 1] for w in wanted], reference.lowest)
+            apart = _difference(
+                [f[number : number + 1] for f in found], [w[number : number + 1] for w in wanted], reference.lowest
+            )
             largest = max(largest, apart)
             mine = predictor.objects(found[0][number], found[1][number])
             theirs = predictor.objects(wanted[0][number], wanted[1][number])

@@ -24,9 +24,22 @@ from goodfit.runtime.detections import Selection
 
 MASK_SIDE = 28  # places that a mask is read at within its box, each way, as Mask R-CNN has it
 BACKBONES = ("backbone", "conv_encoder")  # the library's names of the part that sees pictures
-FIXED = (5, 23)  # transformers' first version known to keep denoising queries out of the main loss (its pull request 48528)
+CLOSE_CALL = 1e-5  # of a score
+FIXED = (
+    5,
+    23,
+)  # transformers' first version known to keep denoising queries out of the main loss (its pull request 48528)
 _CLASS_LAYERS = re.compile(r"(class_embed|enc_score_head)(\.\d+)?$")
-_NOT_ARCHITECTURE = ("transformers_version", "architectures", "id2label", "label2id", "torch_dtype", "dtype", "auto_map", "_name_or_path")
+_NOT_ARCHITECTURE = (
+    "transformers_version",
+    "architectures",
+    "id2label",
+    "label2id",
+    "torch_dtype",
+    "dtype",
+    "auto_map",
+    "_name_or_path",
+)
 
 
 def settings(config: dict[str, Any], num_classes: int) -> Any:
@@ -37,7 +50,9 @@ def settings(config: dict[str, Any], num_classes: int) -> Any:
     """
     import transformers
 
-    kept = {k: copy.deepcopy(v) for k, v in config.items() if k not in _NOT_ARCHITECTURE}  # the library changes what it is given
+    kept = {
+        k: copy.deepcopy(v) for k, v in config.items() if k not in _NOT_ARCHITECTURE
+    }  # the library changes what it is given
     kept |= {k: None for k in ("anchor_image_size", "eval_size") if k in kept}
     if tuple(map(int, re.findall(r"\d+", transformers.__version__)[:2])) < FIXED:
         kept["num_denoising"] = 0
@@ -122,14 +137,20 @@ class _Loss:
 
     function: Callable[..., Any]
 
-    def __call__(self, logits: torch.Tensor, labels: Any, device: Any, boxes: torch.Tensor, *more: Any, **named: Any) -> Any:
+    def __call__(
+        self, logits: torch.Tensor, labels: Any, device: Any, boxes: torch.Tensor, *more: Any, **named: Any
+    ) -> Any:
         values = [_with_groups(v, logits) for v in more]
         with torch.autocast(logits.device.type, enabled=False):
             loss, terms, more = self.function(logits.float(), labels, device, boxes.float(), *map(_as_float32, values),
                                               **{k: _as_float32(v) for k, v in named.items()})  # fmt: skip
-        if loss.numel() != 1:  # terms of no masks have no elements, and so has their sum; of boxes there are none either
+        if (
+            loss.numel() != 1
+        ):  # terms of no masks have no elements, and so has their sum; of boxes there are none either
             (config,) = (v for v in values if hasattr(v, "class_loss_coefficient"))
-            loss = sum(t.sum() * (config.class_loss_coefficient if k.startswith("loss_ce") else 0.0) for k, t in terms.items())
+            loss = sum(
+                t.sum() * (config.class_loss_coefficient if k.startswith("loss_ce") else 0.0) for k, t in terms.items()
+            )
         return loss, terms, more
 
 
@@ -185,6 +206,16 @@ class Detr(Family):
         """Boxes (N, Q, 4) and scores (N, Q, classes) of the queries, in the order of the first stage's scores."""
         return _decoded(model(images), shape_of(images))
 
+    def is_close_call(self, model: nn.Module, images: torch.Tensor) -> bool:
+        """Whether the last place that the first stage takes and the first that it leaves rate alike, as all do in a new network. Of
+        RF-DETR it is not known: the library keeps the places taken only."""
+        network: Any = model
+        scores, num = network(images).enc_outputs_class.float().amax(dim=2), network.network.config.num_queries
+        if scores.shape[1] <= num:
+            return False
+        best = scores.topk(num + 1, dim=1).values
+        return bool((best[:, -2] - best[:, -1] <= CLOSE_CALL * best[:, -1].abs().clamp(min=1.0)).any())
+
     def _labels(self, batch: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
         height, width = shape_of(batch["image"])
         scale = torch.tensor([width, height, width, height], device=batch["boxes"].device)
@@ -209,7 +240,9 @@ def _decoded(outputs: Any, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.
     return cut_at_edges(boxes, shape), outputs.logits.float().sigmoid()
 
 
-def _chosen(boxes: torch.Tensor, scores: torch.Tensor, masks: torch.Tensor | None, how: Selection, shape: tuple[int, int]) -> Found:
+def _chosen(
+    boxes: torch.Tensor, scores: torch.Tensor, masks: torch.Tensor | None, how: Selection, shape: tuple[int, int]
+) -> Found:
     """The objects of one image. masks: logits of every query over the whole input, shape (Q, h, w)."""
     if masks is None:
         return choose_objects(boxes, scores, how)

@@ -54,7 +54,9 @@ def find_detr(
     try:
         network = DetrNetwork(config, num_classes=1, masks=masks)
     except Exception as error:  # the library checks its configurations with many kinds of errors
-        raise RequestError(f"{CONFIG} describes no {kind} that transformers can build: {str(error)[:300]}", where=source) from error
+        raise RequestError(
+            f"{CONFIG} describes no {kind} that transformers can build: {str(error)[:300]}", where=source
+        ) from error
     mean, std = _colours(source, str(kind))
     own = settings(config, 1)
     facts = ModelFacts(
@@ -86,7 +88,9 @@ def load_detr(network: DetrNetwork, plan: Plan, class_names: Sequence[str]) -> W
     kind: Any = transformers.RfDetrForInstanceSegmentation if masks else transformers.AutoModelForObjectDetection
     own = settings(plan.detector.value["config"], len(labels))
     try:
-        source, told = kind.from_pretrained(folder, config=own, use_safetensors=True, local_files_only=True, output_loading_info=True)
+        source, told = kind.from_pretrained(
+            folder, config=own, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
     except Exception as error:
         raise WeightsError(f"transformers cannot load these weights: {str(error)[:300]}", where=str(folder),
                            next="use pretrained=false, or other weights") from error  # fmt: skip
@@ -95,7 +99,9 @@ def load_detr(network: DetrNetwork, plan: Plan, class_names: Sequence[str]) -> W
         raise WeightsError(f"{len(missing)} tensors of the detector are not among these weights (first: {missing[0]}).", where=str(folder),
                            next="use the folder that the model was described in")  # fmt: skip
     found = {f"network.{name}": tensor for name, tensor in source.state_dict().items()}
-    return take_tensors(network, found, labels, class_names, where=str(folder), next="use the folder that the model was described in")
+    return take_tensors(
+        network, found, labels, class_names, where=str(folder), next="use the folder that the model was described in"
+    )
 
 
 def _described(source: str) -> dict[str, Any]:
@@ -109,7 +115,9 @@ def _described(source: str) -> dict[str, Any]:
     try:
         found = read_json(folder / CONFIG)
     except StorageError as error:
-        raise WeightsError(f"There is no {CONFIG} that can be read: {error.message}", where=str(folder), next="check model=detr/FOLDER") from error
+        raise WeightsError(
+            f"There is no {CONFIG} that can be read: {error.message}", where=str(folder), next="check model=detr/FOLDER"
+        ) from error
     return dict(found) if isinstance(found, dict) else {}
 
 
@@ -141,7 +149,9 @@ def _check(kind: Any, source: str, masks: bool) -> None:
         import scipy  # noqa: F401  the library's matching needs it
         import transformers  # noqa: F401
     except ImportError as error:
-        raise RequestError(f"model=detr/... needs the package {error.name}.", where="model=", next="pip install 'goodfit[detr]'") from error
+        raise RequestError(
+            f"model=detr/... needs the package {error.name}.", where="model=", next="pip install 'goodfit[detr]'"
+        ) from error
 
 
 def _weights(source: str) -> tuple[str, str, str]:
@@ -159,7 +169,9 @@ def _weights(source: str) -> tuple[str, str, str]:
 def _labels(config: dict[str, Any]) -> tuple[str, ...]:
     """The classes of the weights, in their order; one without a name is ""."""
     names = {int(number): str(name) for number, name in (config.get("id2label") or {}).items()}
-    return tuple(names.get(number, "") for number in range(max(names, default=1) + 1))  # two without names: the library's default
+    return tuple(
+        names.get(number, "") for number in range(max(names, default=1) + 1)
+    )  # two without names: the library's default
 
 
 def _colours(source: str, kind: str) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
@@ -194,4 +206,3 @@ def _strides(own: Any) -> tuple[int, ...]:
         return tuple(int(s) for s in own.feat_strides)
     patch = own.backbone_config.patch_size
     return (int(patch if isinstance(patch, int) else patch[0]),)
-

@@ -49,6 +49,11 @@ class Family(ABC):
     def candidates(self, model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The outputs before anything is chosen, for checks that compare them: each with a row per image."""
 
+    def is_close_call(self, model: nn.Module, images: torch.Tensor) -> bool:
+        """Whether some choice between candidates inside the network is up to rounding for one of the images."""
+        del model, images
+        return False
+
 
 class OneStage(Family):
     """A network that guesses at fixed places, of which the objects are then chosen."""

@@ -98,7 +98,9 @@ def take_tensors(
     problems = [name for name, tensor in own.items()
                 if name not in found or (name not in layers and found[name].shape != tensor.shape)]  # fmt: skip
     if problems:
-        raise WeightsError(f"{len(problems)} tensors of the detector do not fit (first: {problems[0]}).", where=where, next=next)
+        raise WeightsError(
+            f"{len(problems)} tensors of the detector do not fit (first: {problems[0]}).", where=where, next=next
+        )
     matched = match_labels(labels, class_names)
     network.load_state_dict({k: v for k, v in found.items() if k in own and k not in layers}, strict=False)
     for name, layer in layers.items():
