@@ -13,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_detr import write_tiny
 
 import goodfit
 from goodfit.api.decide import decide
@@ -24,6 +23,7 @@ from goodfit.config.parse import parse_request
 from goodfit.core.errors import RequestError
 from goodfit.core.journal import Journal
 from goodfit.runtime import Predictor
+from tiny_detr import write_tiny
 
 pytestmark = pytest.mark.alone
 
@@ -283,7 +283,7 @@ def test_a_detector_of_transformers_goes_from_its_folder_to_a_bundle(scenes, tmp
     files = [scenes / "images" / f"{n:04d}.png" for n in range(3)]
     rows = goodfit.predict(made.bundle, files, threshold=0.0)
     assert all(len(row["objects"]) == 100 for row in rows)
-    request = parse_request({"data": str(scenes), **{**asked, "pretrained": str(made.path)}})
+    request = parse_request({"data": str(scenes), **asked, "pretrained": str(made.path)})
     audited = read_and_audit(request, Journal(None))
     plan = decide(request, audited, Journal(None))
     assert plan.model.value == made.plan.model.value and plan.weights.value.endswith("bundle/model.safetensors")

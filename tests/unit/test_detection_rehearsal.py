@@ -7,7 +7,6 @@ import dataclasses
 
 import pytest
 import torch
-from plants import Wrapped
 
 from goodfit.api.decide import decide
 from goodfit.api.demo import write_scenes
@@ -20,6 +19,7 @@ from goodfit.models.detection.fcos import Fcos
 from goodfit.planning.detection_checks import check_found
 from goodfit.planning.module_rehearsal import definite_checks
 from goodfit.tasks.detect import DetectTask
+from plants import Wrapped
 
 
 @pytest.fixture(scope="module")

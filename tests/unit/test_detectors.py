@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from boxes import SHAPE, scene_batch, targets
 from safetensors.torch import load_file, save_file
 
+from boxes import SHAPE, scene_batch, targets
 from goodfit.config.detect import FAMILIES as ALL_FAMILIES
 from goodfit.models.detection.build import make_family, make_network
 from goodfit.models.detection.choose import choose_objects

@@ -14,24 +14,24 @@ from PIL import Image
 pytest.importorskip("transformers", reason="the extra detr is not installed")
 pytest.importorskip("scipy", reason="the extra detr is not installed")
 
-from boxes import scene_batch, targets  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from tiny_detr import TINY, write_tiny  # noqa: E402
+from safetensors.torch import load_file, save_file
 
-from goodfit.api.decide import decide  # noqa: E402
-from goodfit.api.prepare import read_and_audit  # noqa: E402
-from goodfit.config.parse import parse_request  # noqa: E402
-from goodfit.core.errors import RequestError, WeightsError  # noqa: E402
-from goodfit.core.journal import Journal  # noqa: E402
-from goodfit.engine.ema import Ema  # noqa: E402
-from goodfit.models.detection import detr  # noqa: E402
-from goodfit.models.detection.build import make_family  # noqa: E402
-from goodfit.models.detection.detr import DetrNetwork, settings  # noqa: E402
-from goodfit.models.detection.detr_source import find_detr, load_detr  # noqa: E402
-from goodfit.models.detection.transfer import take_tensors  # noqa: E402
-from goodfit.outcome.detector_export import Served, export_detector, traced_problem  # noqa: E402
-from goodfit.runtime.letterbox import Letterbox  # noqa: E402
-from goodfit.tasks.detect import DetectTask  # noqa: E402
+from boxes import scene_batch, targets
+from goodfit.api.decide import decide
+from goodfit.api.prepare import read_and_audit
+from goodfit.config.parse import parse_request
+from goodfit.core.errors import RequestError, WeightsError
+from goodfit.core.journal import Journal
+from goodfit.engine.ema import Ema
+from goodfit.models.detection import detr
+from goodfit.models.detection.build import make_family
+from goodfit.models.detection.detr import DetrNetwork, settings
+from goodfit.models.detection.detr_source import find_detr, load_detr
+from goodfit.models.detection.transfer import take_tensors
+from goodfit.outcome.detector_export import Served, export_detector, traced_problem
+from goodfit.runtime.letterbox import Letterbox
+from goodfit.tasks.detect import DetectTask
+from tiny_detr import TINY, write_tiny
 
 KINDS = tuple(TINY)
 STEPS = {"d_fine": 130, "deimv2": 150}
@@ -286,7 +286,7 @@ def test_what_cannot_be_used_is_said(tmp_path, monkeypatch):
     with pytest.raises(WeightsError, match=r"no model\.safetensors"):
         find_detr(str(folder), "true", asked=True, masks=False)
     (folder / "config.json").write_text(json.dumps({"model_type": "d_fine", "d_model": "wide"}))
-    with pytest.raises(RequestError, match="cannot build|can build"):
+    with pytest.raises(RequestError, match="can build"):
         find_detr(str(folder), "false", asked=False, masks=False)
 
 

@@ -30,9 +30,9 @@ from goodfit.metrics.detection import (
     confidence_curve,
     confusion_matrix,
 )
+from goodfit.models.detection.family import Family
 from goodfit.outcome.bundle import DETECT_SCRIPT, TORCH_SCRIPT, Exporter, library_versions, write_bundle
 from goodfit.outcome.detection_plots import plot_confidence, plot_found, plot_scenes
-from goodfit.models.detection.family import Family
 from goodfit.outcome.detector_export import Unsteady, check_detector_parity, export_detector
 from goodfit.outcome.ledger import count_look
 from goodfit.outcome.plots import plot_confusion, plot_results

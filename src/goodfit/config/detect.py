@@ -146,10 +146,9 @@ def resolve_detect(
                         progressive=sizes["progressive"].value)  # fmt: skip
     augmentation = _augmentation(choose, facts.data)
     masks = task == "segment"
-    what = "mask_ap" if masks else "ap"
     monitor = choose(
         "monitor",
-        what,
+        "mask_ap" if masks else "ap",
         f"average precision{' of the masks' if masks else ''} over IoU 0.5 to 0.95; ties are broken by the loss",
     )
     check_monitor(monitor.value, (*FIGURES, *(MASK_FIGURES if masks else ())))
@@ -157,8 +156,9 @@ def resolve_detect(
     _check_places(facts.model, inputs, letterbox.value)
     detector = decided.get("detector") or _architecture(choose.unless_changed("model"), facts.machine, inputs.smallest * min(facts.data.shape),
                                                                  split_model(decided["model"].value)[0])  # fmt: skip
+    settled: dict[str, Any] = {**decided, "detector": detector}
     return Plan(
-        **{**decided, "detector": detector},
+        **settled,
         imgsz=imgsz,
         preprocessing=letterbox,
         batch=batch,

@@ -24,6 +24,7 @@ from goodfit.runtime.detections import Selection
 
 MASK_SIDE = 28  # places that a mask is read at within its box, each way, as Mask R-CNN has it
 BACKBONES = ("backbone", "conv_encoder")  # the library's names of the part that sees pictures
+ONE_ANSWER = Selection(iou=1.0)  # for an object: there are no doubles
 CLOSE_CALL = 1e-5  # of a score
 FIXED = (
     5,
@@ -83,7 +84,8 @@ class DetrNetwork(nn.Module):
         for name, module in self.network.named_modules():
             places = "bbox" in name.rstrip("0123456789.").rpartition(".")[2] and not isinstance(module, nn.ModuleList)
             if places or type(module).__name__.endswith("MultiscaleDeformableAttention"):
-                module.__class__ = _in_float32(type(module))
+                kind_of: Any = type(module)
+                module.__class__ = _in_float32(kind_of)
         self.pretrained_cfg = {"classifier": _all_but_backbone(self.network)}
         self.class_layers = tuple(
             ClassLayer(f"network.{name}", padding=isinstance(module, nn.Embedding))
@@ -121,7 +123,7 @@ def _leave_unused_away(network: nn.Module) -> None:
 def _in_float32(kind: type[nn.Module]) -> type[nn.Module]:
     """The same module, computed in float32 under autocast too. A class and not a wrapped method: copies of the network stay whole."""
 
-    class InFloat32(kind):  # type: ignore[misc, valid-type]
+    class InFloat32(kind):
         def forward(self, *values: Any, **named: Any) -> Any:
             with torch.autocast(_device_of(values, named), enabled=False):
                 return super().forward(*map(_as_float32, values), **{k: _as_float32(v) for k, v in named.items()})
@@ -184,7 +186,7 @@ class Detr(Family):
     exact: bool = False
     exports: bool = True
     fixed_batch: bool = True
-    selection: Selection = Selection(iou=1.0)  # one answer for an object: there are no doubles
+    selection: Selection = ONE_ANSWER
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> Terms:
         """The library's loss."""

@@ -135,7 +135,7 @@ def _downloaded(repository: str, file: str) -> Path:
     except Exception as error:  # the client raises many kinds; all mean the same here
         problem = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise WeightsError(f"The file {file} of {repository} cannot be had: {problem}.", where="model=", kept="nothing was started",
-                       next=f"use model=detr/FOLDER with a copy of it, or model=fcos, which needs none")  # fmt: skip
+                       next="use model=detr/FOLDER with a copy of it, or model=fcos, which needs none")  # fmt: skip
 
 
 def _check(kind: Any, source: str, masks: bool) -> None:
@@ -186,7 +186,7 @@ def _colours(source: str, kind: str) -> tuple[tuple[float, float, float], tuple[
         mean, std = (tuple(float(v) for v in found[k]) for k in ("image_mean", "image_std"))
     except (WeightsError, StorageError, KeyError, TypeError, ValueError, AttributeError):
         return usual
-    return (mean, std) if len(mean) == len(std) == 3 else usual  # type: ignore[return-value]
+    return (mean, std) if len(mean) == len(std) == 3 else usual
 
 
 def _step(own: Any) -> int:
