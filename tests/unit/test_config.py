@@ -153,7 +153,9 @@ def test_missing_weights_that_nobody_asked_for_are_said():
     assert plan.pretrained.value == "false" and "no network" in plan.pretrained.reason
 
 
-@pytest.mark.parametrize("asked", [{"batch": 10_000}, {"accumulate": 64}, {"drop_path": 0.1}])
+@pytest.mark.parametrize(
+    "asked", [{"batch": 10_000}, {"accumulate": 64}, {"drop_path": 0.1}, {"mosaic": 0.5}, {"copy_paste": 0.5}]
+)
 def test_contradictions_are_refused(asked):
     with pytest.raises(RequestError):
         resolve(TrainRequest(**asked), facts())
