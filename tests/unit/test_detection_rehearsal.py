@@ -159,7 +159,7 @@ def test_real_data_passes(real_data, folder):
 
 
 def test_a_sound_detector_passes_the_whole_rehearsal(scenes, tmp_path):
-    parts = parts_of(scenes, imgsz=96, mosaic=0.5, scale=0.5, multi_scale=0.3)
+    parts = parts_of(scenes, mosaic=0.5, scale=0.5, multi_scale=0.5)
     rehearse_detector(parts, Journal(None), tmp_path)
     text = (tmp_path / "rehearsal.txt").read_text()
     assert "loss and evaluation agree" in text and "AP50" in text
