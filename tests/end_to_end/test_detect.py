@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -20,8 +21,9 @@ from goodfit.api.demo import write_scenes
 from goodfit.api.detect_parts import assemble_detector
 from goodfit.api.prepare import read_and_audit
 from goodfit.config.parse import parse_request
-from goodfit.core.errors import RequestError
+from goodfit.core.errors import ExportError, RequestError
 from goodfit.core.journal import Journal
+from goodfit.outcome.torch_predictor import TorchPredictor, check_torch_bundle
 from goodfit.runtime import Predictor
 from tiny_detr import write_tiny
 
@@ -171,6 +173,13 @@ def test_masks_are_learned_and_served_by_torch(masked, tmp_path):
 
     with pytest.raises(DataError, match="needs torch"):
         Predictor(made.bundle)
+    served, files = TorchPredictor(made.bundle), [f.read_bytes() for f in sorted((masked / "images").glob("*.png"))[:5]]
+    assert check_torch_bundle(served, served._session, files, ["a"] * 5)["num_objects"] > 0
+    other = copy.deepcopy(served._session)
+    with torch.no_grad():
+        other.roi_heads.mask_predictor.mask_fcn_logits.bias.add_(0.01)  # boxes stay, masks do not
+    with pytest.raises(ExportError, match="something else"):
+        check_torch_bundle(served, other, files, ["a"] * 5)
 
 
 @pytest.mark.parametrize(

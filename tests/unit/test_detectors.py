@@ -31,19 +31,30 @@ def network(levels=5, seed=0, classes=3, family="fcos"):
     return made.eval()
 
 
+class Backbone(torch.nn.Module):
+    """The pyramid of a network as torchvision takes one; the network stays what it is, in its own mode."""
+
+    out_channels = 32
+
+    def __init__(self, net):
+        super().__init__()
+        self._pyramid = [net.pyramid]
+
+    def forward(self, images):
+        return {str(k): m for k, m in enumerate(self._pyramid[0](images))}
+
+
+def as_lists(boxes, labels, *, first=0):
+    return [{"boxes": b[c >= 0], "labels": c[c >= 0] + first} for b, c in zip(boxes, labels, strict=True)]
+
+
 def library(net, levels=5):
     """torchvision's own FCOS around the same head."""
     from torchvision.models.detection import FCOS
     from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-    class Backbone(torch.nn.Module):
-        out_channels = 32
-
-        def forward(self, images):
-            return {str(k): m for k, m in enumerate(net.pyramid(images))}
-
     sizes = tuple((8 * 2**k,) for k in range(levels))
-    return FCOS(Backbone(), num_classes=3, head=net.head, anchor_generator=AnchorGenerator(sizes, ((1.0,),) * levels),
+    return FCOS(Backbone(net), num_classes=3, head=net.head, anchor_generator=AnchorGenerator(sizes, ((1.0,),) * levels),
                 min_size=min(SHAPE), max_size=max(SHAPE), image_mean=[0, 0, 0], image_std=[1, 1, 1], size_divisible=1,
                 score_thresh=0.05, nms_thresh=0.6, detections_per_img=100, topk_candidates=10_000)  # fmt: skip
 
@@ -57,8 +68,7 @@ def test_fcos_losses_equal_the_library(levels):
     made = family.terms(net, net(images), boxes, labels, SHAPE)
     theirs = library(net, levels).train()
     net.pyramid.eval()
-    lists = [{"boxes": b[c >= 0], "labels": c[c >= 0]} for b, c in zip(boxes, labels, strict=True)]
-    wanted = theirs(list(images), lists)
+    wanted = theirs(list(images), as_lists(boxes, labels))
     for mine, name in (("classes", "classification"), ("boxes", "bbox_regression"), ("centre", "bbox_ctrness")):
         total, count = made[mine]
         assert int(count) > 0
@@ -182,18 +192,10 @@ def test_retinanet_losses_equal_the_library():
     boxes, labels = targets(1)
     made = make_family("retinanet", 5).terms(net, net(images), boxes, labels, SHAPE)
 
-    class Backbone(torch.nn.Module):
-        out_channels = 32
-
-        def forward(self, images):
-            return {str(k): m for k, m in enumerate(net.pyramid(images))}
-
-    theirs = RetinaNet(Backbone(), num_classes=3, head=net.head, anchor_generator=net.anchors, min_size=min(SHAPE), max_size=max(SHAPE),
+    theirs = RetinaNet(Backbone(net), num_classes=3, head=net.head, anchor_generator=net.anchors, min_size=min(SHAPE), max_size=max(SHAPE),
                        image_mean=[0, 0, 0], image_std=[1, 1, 1], size_divisible=1).train()  # fmt: skip
     net.pyramid.eval()
-    wanted = theirs(
-        list(images), [{"boxes": b[c >= 0], "labels": c[c >= 0]} for b, c in zip(boxes, labels, strict=True)]
-    )
+    wanted = theirs(list(images), as_lists(boxes, labels))
     assert float(made["classes"][0]) / 4 == pytest.approx(float(wanted["classification"]), rel=1e-5)
     assert float(made["boxes"][0]) / 4 == pytest.approx(float(wanted["bbox_regression"]), rel=1e-5)
 
@@ -207,19 +209,11 @@ def test_ssdlite_losses_equal_the_library():
     boxes, labels = targets(1)
     made = make_family("ssdlite", 5).terms(net, net(images), boxes, labels, SHAPE)
 
-    class Backbone(torch.nn.Module):
-        out_channels = 32
-
-        def forward(self, images):
-            return {str(k): m for k, m in enumerate(net.pyramid(images))}
-
     theirs = SSD(
-        Backbone(), net.anchors, SHAPE[::-1], 4, image_mean=[0, 0, 0], image_std=[1, 1, 1], head=net.head
+        Backbone(net), net.anchors, SHAPE[::-1], 4, image_mean=[0, 0, 0], image_std=[1, 1, 1], head=net.head
     ).train()
     net.eval()
-    wanted = theirs(
-        list(images), [{"boxes": b[c >= 0], "labels": c[c >= 0] + 1} for b, c in zip(boxes, labels, strict=True)]
-    )
+    wanted = theirs(list(images), as_lists(boxes, labels, first=1))
     for mine, name in (("classes", "classification"), ("boxes", "bbox_regression")):
         total, count = made[mine]
         assert int(count) > 0 and float(total / count) == pytest.approx(float(wanted[name]), rel=1e-5), name

@@ -357,3 +357,16 @@ def test_rates_belong_to_their_optimizer(wide, tmp_path):
     assert usual.head_lr.value == pytest.approx(10 * usual.lr.value, rel=0.01) and usual.clip.value == 0.1
     assert planned(wide, folder, imgsz=192, optimizer="sgd").head_lr.value > 0.005
     assert planned(wide, folder, imgsz=192, clip_value=0.5).clip.value == 0.0
+
+
+def test_an_earlier_plan_keeps_its_normalisation_where_the_description_is_gone(wide, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = write_tiny(tmp_path / "tiny", "d_fine", labels=["thing"])
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.2] * 3}))
+    first = planned(wide, folder, imgsz=192, pretrained="false")
+    for file in folder.iterdir():
+        file.unlink()
+    request = parse_request({"data": str(wide), "measure": False})
+    again = decide(request, read_and_audit(request, Journal(None)), Journal(None), first)
+    assert again.preprocessing.value == first.preprocessing.value and again.preprocessing.value["mean"] == [0.5] * 3
+    assert again.detector.value == first.detector.value

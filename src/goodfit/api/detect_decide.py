@@ -96,19 +96,21 @@ def _of_transformers(
     name: Decision[str], pretrained: Decision[str], card: DetectorCard | None, base: Plan | None, *, masks: bool
 ) -> tuple[ModelFacts, dict[str, Decision[Any]]]:
     """The facts of a detector of the transformers library, and its configuration as a decision."""
-    source, config = split_model(name.value)[1], None
+    source, config, colours = split_model(name.value)[1], None, None
     if card is not None and card.model != name.value:
         raise RequestError(f"The weights are those of {card.model}, not of {name.value}.", where="pretrained=",
                            next=f"leave model out, or use model={card.model}")  # fmt: skip
     if card is not None:
-        config = card.detector["config"]
+        config, colours = card.detector["config"], (card.letterbox.mean, card.letterbox.std)
     elif base is not None and base.model.value == name.value:
-        config = base.detector.value["config"]
+        made = base.preprocessing.value
+        config, colours = base.detector.value["config"], (tuple(made["mean"]), tuple(made["std"]))
     found, config = find_detr(source, "false" if card is not None else pretrained.value, asked=pretrained.source == "asked",
                               masks=masks, config=config)  # fmt: skip
     if card is not None:
-        found = replace(found, weights=str(card.file), weights_kind="file", licence=card.licence, labels=card.labels,
-                        mean=card.letterbox.mean, std=card.letterbox.std)  # fmt: skip
+        found = replace(found, weights=str(card.file), weights_kind="file", licence=card.licence, labels=card.labels)
+    if colours is not None:  # as those weights, or that plan, had them, also where the description is gone
+        found = replace(found, mean=colours[0], std=colours[1])
     decision = Decision({"config": config}, f"{config['model_type']}, as its {CONFIG} describes it", "rule")
     return replace(found, name=f"detr/{found.name}"), {"detector": decision}
 

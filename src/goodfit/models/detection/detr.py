@@ -26,21 +26,10 @@ MASK_SIDE = 28  # places that a mask is read at within its box, each way, as Mas
 BACKBONES = ("backbone", "conv_encoder")  # the library's names of the part that sees pictures
 ONE_ANSWER = Selection(iou=1.0)  # for an object: there are no doubles
 CLOSE_CALL = 1e-5  # of a score
-FIXED = (
-    5,
-    23,
-)  # transformers' first version known to keep denoising queries out of the main loss (its pull request 48528)
+FIXED = (5, 23)  # transformers' first version known to keep denoising queries out of the main loss (its PR 48528)
 _CLASS_LAYERS = re.compile(r"(class_embed|enc_score_head)(\.\d+)?$")
-_NOT_ARCHITECTURE = (
-    "transformers_version",
-    "architectures",
-    "id2label",
-    "label2id",
-    "torch_dtype",
-    "dtype",
-    "auto_map",
-    "_name_or_path",
-)
+_NOT_ARCHITECTURE = ("transformers_version", "architectures", "id2label", "label2id", "torch_dtype", "dtype", "auto_map",
+                     "_name_or_path")  # fmt: skip
 
 
 def settings(config: dict[str, Any], num_classes: int) -> Any:
@@ -51,9 +40,8 @@ def settings(config: dict[str, Any], num_classes: int) -> Any:
     """
     import transformers
 
-    kept = {
-        k: copy.deepcopy(v) for k, v in config.items() if k not in _NOT_ARCHITECTURE
-    }  # the library changes what it is given
+    # Copies: the library changes what it is given.
+    kept = {k: copy.deepcopy(v) for k, v in config.items() if k not in _NOT_ARCHITECTURE}
     kept |= {k: None for k in ("anchor_image_size", "eval_size") if k in kept}
     if tuple(map(int, re.findall(r"\d+", transformers.__version__)[:2])) < FIXED:
         kept["num_denoising"] = 0
@@ -65,6 +53,13 @@ def is_class_layer(name: str) -> bool:
     return bool(_CLASS_LAYERS.search(name))
 
 
+def library_class(*, masks: bool) -> Any:
+    """The library's class that builds and loads a detector, or one with masks."""
+    import transformers
+
+    return transformers.RfDetrForInstanceSegmentation if masks else transformers.AutoModelForObjectDetection
+
+
 class DetrNetwork(nn.Module):
     """The library's network around a configuration; images (N, 3, H, W), and its outputs as it gives them.
 
@@ -74,10 +69,7 @@ class DetrNetwork(nn.Module):
 
     def __init__(self, config: dict[str, Any], *, num_classes: int, masks: bool = False) -> None:
         super().__init__()
-        import transformers
-
-        kind = transformers.RfDetrForInstanceSegmentation if masks else transformers.AutoModelForObjectDetection
-        wanted = settings(config, num_classes)
+        kind, wanted = library_class(masks=masks), settings(config, num_classes)
         self.network = kind(wanted) if masks else kind.from_config(wanted)
         self.network.loss_function = _Loss(self.network.loss_function)
         _leave_unused_away(self.network)
@@ -144,16 +136,14 @@ class _Loss:
     ) -> Any:
         values = [_with_groups(v, logits) for v in more]
         with torch.autocast(logits.device.type, enabled=False):
-            loss, terms, more = self.function(logits.float(), labels, device, boxes.float(), *map(_as_float32, values),
-                                              **{k: _as_float32(v) for k, v in named.items()})  # fmt: skip
-        if (
-            loss.numel() != 1
-        ):  # terms of no masks have no elements, and so has their sum; of boxes there are none either
+            loss, terms, outputs = self.function(logits.float(), labels, device, boxes.float(), *map(_as_float32, values),
+                                                 **{k: _as_float32(v) for k, v in named.items()})  # fmt: skip
+        if loss.numel() != 1:  # terms of no masks have no elements, and so has their sum; of boxes there are none
             (config,) = (v for v in values if hasattr(v, "class_loss_coefficient"))
             loss = sum(
                 t.sum() * (config.class_loss_coefficient if k.startswith("loss_ce") else 0.0) for k, t in terms.items()
             )
-        return loss, terms, more
+        return loss, terms, outputs
 
 
 def _with_groups(value: Any, logits: torch.Tensor) -> Any:

@@ -6,19 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from goodfit.config.detect import STEP
 from goodfit.config.facts import ModelFacts
 from goodfit.config.plan import Plan
 from goodfit.core.errors import RequestError, StorageError, WeightsError
 from goodfit.core.safeio import read_json
 from goodfit.models.catalog import IMAGENET_MEAN, IMAGENET_STD, hub_problem
-from goodfit.models.detection.detr import DetrNetwork, is_class_layer, settings
+from goodfit.models.detection.detr import DetrNetwork, is_class_layer, library_class, settings
 from goodfit.models.detection.transfer import take_tensors
 from goodfit.models.weights import WEIGHTS, WeightReport, weight_file
 
 CONFIG, PICTURES = "config.json", "preprocessor_config.json"
 KINDS = ("d_fine", "rt_detr_v2", "deimv2", "rf_detr")  # by the library's names; the last has masks too
 MASK_KIND = "rf_detr"
-STEP = 32  # pixels that the sides of an input are multiples of
+NOT_NORMALISED = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 def find_detr(
@@ -30,7 +31,7 @@ def find_detr(
         source: A folder with a config.json, or a repository of the hub, as ORG/NAME.
         pretrained: "true", "false", or another folder of the same architecture.
         asked: Whether a person asked for the weights: then not having them is an error, otherwise a fact.
-        config: Its configuration, where that is known already.
+        config: Its configuration, where that is known already; how pictures are normalised is then known there too, and not looked up.
 
     Returns:
         Its facts, and its configuration as plain values.
@@ -57,7 +58,7 @@ def find_detr(
         raise RequestError(
             f"{CONFIG} describes no {kind} that transformers can build: {str(error)[:300]}", where=source
         ) from error
-    mean, std = _colours(source, str(kind))
+    mean, std = _usual_colours(str(kind)) if known else _colours(source, str(kind))
     own = settings(config, 1)
     facts = ModelFacts(
         name=source, num_parameters=sum(p.numel() for p in network.parameters()), native_imgsz=640, stride=_step(own), mean=mean, std=std,
@@ -77,15 +78,12 @@ def load_detr(network: DetrNetwork, plan: Plan, class_names: Sequence[str]) -> W
     Raises:
         WeightsError: they cannot be had, or do not fit.
     """
-    import transformers
-
     folder = weight_file(plan).parent
     if plan.pretrained.value == "hub":
         _described(plan.weights.value)  # beside them
     config = _described(str(folder))
     labels = _labels(config)
-    masks = plan.task.value == "segment"
-    kind: Any = transformers.RfDetrForInstanceSegmentation if masks else transformers.AutoModelForObjectDetection
+    kind = library_class(masks=plan.task.value == "segment")
     own = settings(plan.detector.value["config"], len(labels))
     try:
         source, told = kind.from_pretrained(
@@ -155,7 +153,7 @@ def _check(kind: Any, source: str, masks: bool) -> None:
 
 
 def _weights(source: str) -> tuple[str, str, str]:
-    """Where the weights are, whether that is a "file" or the "hub", and why they cannot be had."""
+    """Where the weights are, whether that is a "file", the "hub" or "none", and why they cannot be had ("" if they can)."""
     path = Path(source)
     path = path / WEIGHTS if path.is_dir() else path
     if path.is_file() and path.name == WEIGHTS:  # its config.json lies beside it
@@ -169,24 +167,25 @@ def _weights(source: str) -> tuple[str, str, str]:
 def _labels(config: dict[str, Any]) -> tuple[str, ...]:
     """The classes of the weights, in their order; one without a name is ""."""
     names = {int(number): str(name) for number, name in (config.get("id2label") or {}).items()}
-    return tuple(
-        names.get(number, "") for number in range(max(names, default=1) + 1)
-    )  # two without names: the library's default
+    last = max(names, default=1)  # two without names: the library's default
+    return tuple(names.get(number, "") for number in range(last + 1))
 
 
 def _colours(source: str, kind: str) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Mean and deviation that pictures are normalised with: as the weights' own description has it, else as the family does."""
-    plain = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    usual = (IMAGENET_MEAN, IMAGENET_STD) if kind == MASK_KIND else plain
     try:
         folder = Path(source) if Path(source).is_dir() else _downloaded(source, PICTURES).parent
         found = read_json(folder / PICTURES)
         if not found.get("do_normalize", True):
-            return plain
+            return NOT_NORMALISED
         mean, std = (tuple(float(v) for v in found[k]) for k in ("image_mean", "image_std"))
     except (WeightsError, StorageError, KeyError, TypeError, ValueError, AttributeError):
-        return usual
-    return (mean, std) if len(mean) == len(std) == 3 else usual
+        return _usual_colours(kind)
+    return (mean, std) if len(mean) == len(std) == 3 else _usual_colours(kind)
+
+
+def _usual_colours(kind: str) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    return (IMAGENET_MEAN, IMAGENET_STD) if kind == MASK_KIND else NOT_NORMALISED
 
 
 def _step(own: Any) -> int:
