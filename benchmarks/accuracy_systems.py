@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -232,6 +233,9 @@ def ultralytics(task: Task, epochs: int, seed: int, laps: Laps, out: Path, _lr: 
     for split in ("train", "val"):  # it writes its own list of files beside these
         (folder / split).symlink_to(Path(task.tree, split))
     model = YOLO(str(drawing), task="classify")
+    model.add_callback(
+        "on_train_start", lambda _: torch.set_num_threads(os.cpu_count() or 1)
+    )  # it leaves one of two idle
     model.add_callback("on_train_start", lambda _: laps.start())
     model.add_callback("on_fit_epoch_end", lambda _: laps.end())
     model.train(data=str(folder), epochs=epochs, imgsz=task.imgsz, batch=BATCH, seed=seed, project=str(out))

@@ -11,6 +11,7 @@ system's own options. Prints JSON: images and seconds of each epoch's training p
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -181,6 +182,9 @@ def ultralytics(laps: Laps, folder: Path, out: Path, _half: bool) -> None:
     own.write_text(drawing.read_text().replace("DEFAULT", "None"))  # from scratch, as the others
     count = sum(1 for p in (folder / "train").rglob("*") if p.is_file())
     model = YOLO(str(own))
+    model.add_callback(
+        "on_train_start", lambda _: torch.set_num_threads(os.cpu_count() or 1)
+    )  # it leaves one of two idle
     model.add_callback("on_train_epoch_start", lambda _: laps.start())
     model.add_callback("on_train_epoch_end", lambda _: laps.end(count))
     model.train(data=str(folder), epochs=EPOCHS, imgsz=SIZE, batch=BATCH, project=str(out))

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -167,8 +168,22 @@ def test_masks_are_learned_and_served_by_torch(masked, tmp_path):
     )
     test = made.result["metrics"]["test"]
     assert set(test) >= {"mask_ap", "mask_ap50", "ap", "ap50"} and made.plan.monitor.value == "mask_ap"
-    rows = made.predict([masked / "images" / "0000.png"])
-    assert rows[0]["width"] == 128
+    assert test["mask_ap50_low"] <= test["mask_ap50"] <= test["mask_ap50_high"]
+    told = json.loads((made.path / "test.json").read_text())
+    assert {"mask_ap", "mask_ap50", "ap"} <= set(told["per_class"][0]) and len(told["mask_coco"]) == 12
+    report = (made.path / "report.html").read_text()
+    assert "is served by torch" in report and "ONNX Runtime reproduces" not in report and "mask AP50" in report
+    assert (made.path / "plots" / "found.png").is_file()
+    card = json.loads((made.bundle / "bundle.json").read_text())
+    assert card["latency"]["threads"] == 1 and card["selection"]["iou"] == 0.5 and "torchvision" in card["versions"]
+    rows = goodfit.predict(made.bundle, [masked / "images" / "0000.png"], threshold=0.01, out=tmp_path / "out")
+    assert rows[0]["width"] == 128 and rows[0]["objects"]
+    coco = json.loads((tmp_path / "out" / "coco.json").read_text())
+    assert [c["segmentation"] for c in coco] == [f["mask"] for f in rows[0]["objects"]]
+    ids = json.loads((tmp_path / "out" / "coco_ids.json").read_text())
+    assert [i["file_name"] for i in ids["images"]] == [str(masked / "images" / "0000.png")]
+    assert {c["id"]: c["name"] for c in ids["categories"]}[coco[0]["category_id"]] == rows[0]["objects"][0]["label"]
+    assert (tmp_path / "out" / "pictures" / "0000.jpg").is_file()
     from goodfit.core.errors import DataError
 
     with pytest.raises(DataError, match="needs torch"):
@@ -220,6 +235,20 @@ def test_what_a_detector_cannot_do_is_refused(scenes, tmp_path, asked, says):
         )
 
 
+def test_no_zoom_is_no_zoom(scenes):
+    def zoom(**asked):
+        request = parse_request({"data": str(scenes), "max_bad": 0.1, **SMALL, **asked})
+        audited = read_and_audit(request, Journal(None))
+        plan = decide(request, audited, Journal(None))
+        return assemble_detector(plan, audited.index).train.samples.preset.zoom, plan.close_augment.value
+
+    assert [zoom()[0], zoom(scale=0.0)[0], zoom(scale=0.2)[0]] == [0.4, 0.0, 0.2]
+    assert zoom(augment="off") == (0.0, 0.0) and zoom(augment="off", mosaic=0.5) == (
+        0.0,
+        0.1,
+    )  # mosaic ends before the run does
+
+
 def test_a_plan_of_another_task_is_refused(finished, masked, tmp_path):
     with pytest.raises(RequestError, match="task detect"):
         goodfit.train(masked, project=str(tmp_path), plan=str(finished.path / "plan.json"))
@@ -258,6 +287,11 @@ def test_a_detector_goes_on_from_another(finished, scenes, tmp_path):
     assert plan.model.value == "fcos/resnet10t" and plan.weights.value.endswith("bundle/model.safetensors")
     parts = assemble_detector(plan, audited.index)
     assert parts.weights is not None and parts.weights.known == tuple("123456")
+    assert plan.detector.value == finished.plan.detector.value
+    larger = decide(replace(request, imgsz=256), audited, Journal(None))  # where a new detector would have more levels
+    assert larger.detector.value == plan.detector.value
+    with pytest.raises(RequestError, match="those of fcos/resnet10t, not of fcos/resnet18"):
+        decide(replace(request, model="fcos/resnet18"), audited, Journal(None))
     old, new = load_file(str(finished.bundle / "model.safetensors")), parts.state.model.state_dict()
     layer = "head.classification_head.cls_logits.weight"
     names = list(audited.index.class_names)

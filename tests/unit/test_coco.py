@@ -21,6 +21,7 @@ from goodfit.metrics.detection import (
     confidence_curve,
     confusion_matrix,
 )
+from goodfit.outcome.detection_plots import _mistakes
 from goodfit.runtime.masks import CutMask, as_rle, mask_overlaps
 
 
@@ -220,6 +221,27 @@ def test_confusion_counts_background_and_leaves_crowds_aside():
     images = [image([(BOX, 0.9, 1), (BOX + 200, 0.9, 0), (BOX + 400, 0.9, 0), (BOX, 0.1, 0)],
                     [(BOX, 0), (BOX + 100, 1), (BOX + 400, 1)], crowd=[2])]  # fmt: skip
     assert confusion_matrix(images, 2, 0.5).tolist() == [[0, 1, 0], [0, 0, 1], [1, 0, 0]]
+
+
+def test_what_lies_in_a_large_crowd_is_no_false_alarm():
+    crowd = np.array([0.0, 0.0, 400.0, 400.0])
+    inside, beside = np.array([30.0, 30.0, 60.0, 90.0]), np.array([500.0, 30.0, 560.0, 90.0])
+    one = image([(inside, 0.9, 0), (beside, 0.8, 0)], [(crowd, 0)], crowd=[0])
+    assert confusion_matrix([one], 1, 0.5).tolist() == [[0, 0], [1, 0]]
+    assert _mistakes(one, 0.5) == ([], [1])
+
+
+def test_the_usual_figures_alone_are_the_same():
+    images = random_images(5)
+    whole, part = evaluate_numpy(images, 4).summary(), evaluate_numpy(images, 4, by_size=False).summary()
+    assert all(part[k] == whole[k] for k in ("ap", "ap50", "ap75", "ar_100")) and part["ap_small"] == -1
+
+
+def test_intervals_do_not_hang_on_how_many_draws_are_made_at_once(monkeypatch):
+    images = random_images(6, num=40)
+    whole = [ap_interval(images, 4, iou) for iou in (0.5, None)]
+    monkeypatch.setattr("goodfit.metrics.detection.RESAMPLED_VALUES", 900)
+    assert [ap_interval(images, 4, iou) for iou in (0.5, None)] == whole
 
 
 def test_the_interval_holds_the_figure_and_narrows_with_more_images():

@@ -14,7 +14,7 @@ import pytest
 
 from goodfit.core import safeio
 from goodfit.core.errors import StorageError
-from goodfit.core.history import SECONDS, metrics_rows
+from goodfit.core.history import SECONDS, metrics_rows, stage_found
 from goodfit.core.journal import Journal, read_events, read_lines
 from goodfit.core.lock import run_lock
 from goodfit.core.random import derive_seed, hash64, permutation, stream, uniform
@@ -149,3 +149,17 @@ def test_one_writer_per_run_and_the_lock_dies_with_its_holder(tmp_path):
     holder.stdout.close()
     with run_lock(tmp_path):
         pass
+
+
+def test_what_a_stage_found_holds_until_the_run_is_extended():
+    def stage(name, **found):
+        return {"event": "stage", "name": name, **found}
+
+    first = [{"event": "segment"}, stage("threshold", found={"threshold": 0.3}), stage("test")]
+    assert stage_found(first, "threshold", "found") == {"threshold": 0.3}
+    extended = [*first, {"event": "segment"}, {"event": "epoch"}]
+    assert stage_found(extended, "threshold", "found") == {}
+    assert stage_found([*extended, stage("threshold", found={"threshold": 0.5})], "threshold", "found") == {
+        "threshold": 0.5
+    }
+    assert stage_found([], "threshold", "found") == {}

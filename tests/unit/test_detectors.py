@@ -157,7 +157,7 @@ def test_every_family_learns_one_class_by_heart_and_comes_back_from_disk(name, t
     assert np.isfinite(losses).all() and np.mean(losses[-10:]) < 0.5 * losses[0]
     with torch.no_grad():
         for _ in range(30):  # the running statistics catch up with the weights
-            net(batch["image"]) if family.exports else net(batch["image"], find=True)
+            net(batch["image"]) if family.exports else net(batch["image"], find=family.selection)
         net.eval()
         meter, outputs = task.meter(), task.predict(net, batch)
         meter.update(outputs, batch)
@@ -170,6 +170,33 @@ def test_every_family_learns_one_class_by_heart_and_comes_back_from_disk(name, t
     assert not family.has_masks or figures["mask_ap50"] >= 0.95, figures
     for key in ("boxes", "scores", "classes"):
         assert torch.equal(outputs[key], again[key])
+
+
+@pytest.mark.parametrize("name", ["fasterrcnn", "maskrcnn"])
+@torch.no_grad()
+def test_an_evaluation_of_two_stages_is_a_function_of_the_weights(name):
+    """The library draws the samples that its terms look at; so a run that is stopped in a validation and resumed would differ."""
+    family = make_family(name, 3)
+    net, task, batch = (
+        network(3, classes=1, family=name),
+        DetectTask(["thing"], family),
+        scene_batch(masks=family.has_masks),
+    )
+    before = torch.random.get_rng_state()
+    told = [{k: float(v[0]) for k, v in task.predict(net, batch)["terms"].items()} for _ in range(3)]
+    assert told[0] == told[1] == told[2] and torch.equal(before, torch.random.get_rng_state())
+    torch.manual_seed(1)
+    drawn = [{k: float(v[0]) for k, v in task.loss(net, batch).items()} for _ in range(3)]
+    assert drawn[0] != drawn[1] or drawn[1] != drawn[2]  # without it they do differ
+
+
+@pytest.mark.parametrize("most", [3, 250])
+@torch.no_grad()
+def test_two_stages_report_as_many_objects_as_are_asked_for(most):
+    family = make_family("fasterrcnn", 3)
+    net, how = network(3, classes=1, family="fasterrcnn"), Selection(threshold=0.0, iou=1.0, most=most)
+    (found, _) = family.predict(net, {"image": torch.rand(1, 3, *SHAPE)}, how)
+    assert len(found[0].scores) == most
 
 
 @pytest.mark.parametrize("name", FAMILIES)

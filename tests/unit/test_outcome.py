@@ -119,3 +119,10 @@ def test_names_are_shown_as_text_in_the_report(tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "<script" not in page and page.count("&lt;script&gt;") >= 13
     assert "http://" not in page and "https://" not in page and "default-src 'none'" in page
+
+
+def test_pictures_of_one_name_do_not_replace_each_other():
+    from goodfit.api.predict import _plain_names
+
+    names = _plain_names(["x/a.jpg", "x/a-2.jpg", "y/a.jpg", "z/a.png"])
+    assert names == ["a", "a-2", "a-3", "a-4"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from annotated import coco, picture, sized, split_counts, voc, yolo
 from goodfit.core.errors import DataError
 from goodfit.data.checks.audit_objects import audit_objects
 from goodfit.data.columns import MASK_FILE, NO_MASK, POLYGONS, RLE, Blobs, Objects, Strings
@@ -28,19 +28,7 @@ from goodfit.data.masks import (
     unpack_rle,
 )
 from goodfit.data.reading import How, Reading
-from pictures import draw, folder_hash
-
-
-def sized(index: DatasetIndex) -> DatasetIndex:
-    sizes = []
-    for row in range(len(index)):
-        with Image.open(index.file(row)) as image:
-            sizes.append(image.size)
-    return replace(index, sizes=np.array(sizes, np.int32).reshape(-1, 2))
-
-
-def split_counts(reading: Reading) -> list[int]:
-    return [int((reading.index.splits == s).sum()) for s in range(3)]
+from pictures import folder_hash
 
 
 def class_counts(index: DatasetIndex) -> dict[str, int]:
@@ -229,7 +217,9 @@ def test_nuclei_masks(real_data):
     assert problems == [] and objects.kept.sum() == np.diff(index.objects.starts)[few].sum()
     number = int(objects.starts[few[0]])
     size = tuple(int(v) for v in sized(index).sizes[few[0]])
-    mask = draw_mask(MASK_FILE, objects.masks[number], size=size, root=index.root)
+    assert objects.mask_kinds[number] == RLE
+    mask = draw_mask(RLE, objects.masks[number], size=size)
+    assert np.array_equal(mask, draw_mask(MASK_FILE, index.objects.masks[number], size=size, root=index.root))
     assert mask_box(mask) == tuple(objects.boxes[number].tolist())
 
 
@@ -245,25 +235,6 @@ def test_recognisers_do_not_claim_each_others_data(real_data):
 
 
 # made data
-
-
-def picture(path: Path, size: int = 24) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draw(len(str(path)), 0, size).save(path)
-
-
-def coco(root: Path, name: str = "annotations.json", **parts: object) -> Path:
-    content = {
-        "images": [{"id": 0, "file_name": "a.png"}, {"id": 1, "file_name": "b.png"}],
-        "annotations": [{"id": 5, "image_id": 0, "category_id": 3, "bbox": [1, 2, 10, 12], "iscrowd": 0}],
-        "categories": [{"id": 7, "name": "no"}, {"id": 3, "name": "cat"}],
-    }
-    root.mkdir(parents=True, exist_ok=True)
-    (root / name).write_text(json.dumps({**content, **parts}))
-    for image in ("a.png", "b.png"):
-        if not (root / image).exists():
-            picture(root / image)
-    return root
 
 
 def test_coco_masks_crowds_background_and_bad_entries(tmp_path):
@@ -332,17 +303,6 @@ def test_coco_categories_that_disagree_and_panoptic_files(tmp_path):
         read_coco.read(root, How())
     panoptic = coco(tmp_path / "panoptic", annotations=[{"image_id": 0, "segments_info": [{"bbox": [0, 0, 1, 1]}]}])
     assert read_coco.recognise(panoptic) is None
-
-
-def yolo(root: Path, labels: dict[str, str], yaml: str | None = None, images: tuple[str, ...] = ("a", "b")) -> Path:
-    for name in images:
-        picture(root / "images" / f"{name}.png")
-    (root / "labels").mkdir(parents=True, exist_ok=True)
-    for name, text in labels.items():
-        (root / "labels" / f"{name}.txt").write_bytes(text.encode() if isinstance(text, str) else text)
-    if yaml is not None:
-        (root / "data.yaml").write_text(yaml)
-    return root
 
 
 YAML = "train: images\nval: images\nnames:\n  2: no\n  5: 1\n"
@@ -422,23 +382,6 @@ def test_empty_folders_and_files_are_refused(tmp_path):
             assert caught.value.where and caught.value.next
     background = read_voc.read(voc(tmp_path / "voc", {"a": [], "b": []}), How())
     assert len(background.index) == 2 and len(audit_objects(sized(background.index))[0]) == 0
-
-
-def voc(root: Path, boxes: dict[str, list[tuple[str, str]]], sets: dict[str, str] | None = None) -> Path:
-    for name, objects in boxes.items():
-        picture(root / "JPEGImages" / f"{name}.png")
-        (root / "Annotations").mkdir(exist_ok=True)
-        body = "".join(
-            f"<object><name>{kind}</name><difficult>{int(kind == 'hard')}</difficult><bndbox>"
-            + "".join(f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), box.split(), strict=True))
-            + "</bndbox></object>"
-            for kind, box in objects
-        )
-        (root / "Annotations" / f"{name}.xml").write_text(f"<annotation><filename>x.jpg</filename>{body}</annotation>")
-    for name, text in (sets or {}).items():
-        (root / "ImageSets" / "Main").mkdir(parents=True, exist_ok=True)
-        (root / "ImageSets" / "Main" / f"{name}.txt").write_text(text)
-    return root
 
 
 def test_voc_corners_lists_and_difficult(tmp_path):

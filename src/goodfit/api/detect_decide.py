@@ -50,7 +50,7 @@ def decide_detector(request: TrainRequest, audited: Audited, journal: Journal, b
             model, detector = _of_transformers(name, pretrained, card, base, masks=data.task == "segment")
         else:
             name, model = _over_pyramid(request, data, machine, base, card)
-            detector = {}
+            detector = {} if card is None else {"detector": Decision(card.detector, "as the weights have it", "rule")}
         facts = Facts(data=data, machine=machine, model=model)
         decided = {
             **data_decisions(request, data, base),
@@ -81,6 +81,9 @@ def _over_pyramid(
     """A family over a timm backbone: its name with the reason, and the facts of the backbone."""
     name, pretrained = resolve_detector(request, data, machine, base)
     family, backbone = split_model(name.value)
+    if card is not None and (family, backbone or split_model(card.model)[1]) != split_model(card.model):
+        raise RequestError(f"The weights are those of {card.model}, not of {name.value.rstrip('/')}.", where="pretrained=",
+                           next=f"leave model out, or use model={card.model}")  # fmt: skip
     found = (
         _of_card(card) if card is not None else look_up(backbone, pretrained.value, asked=pretrained.source == "asked")
     )

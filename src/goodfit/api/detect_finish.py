@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
@@ -14,7 +15,7 @@ from goodfit.api.finish import commands, describe_latency, precisely, rate, serv
 from goodfit.api.folder import AUDIT, Run
 from goodfit.api.prepare import stage
 from goodfit.api.verdict import compare_projection, judge_time
-from goodfit.core.history import stage_seconds
+from goodfit.core.history import stage_found, stage_seconds
 from goodfit.core.journal import Journal
 from goodfit.core.random import permutation, stream
 from goodfit.core.safeio import read_json, write_json
@@ -32,7 +33,7 @@ from goodfit.metrics.detection import (
 )
 from goodfit.models.detection.family import Family
 from goodfit.outcome.bundle import DETECT_SCRIPT, TORCH_SCRIPT, Exporter, library_versions, write_bundle
-from goodfit.outcome.detection_plots import plot_confidence, plot_found, plot_scenes
+from goodfit.outcome.detection_plots import most_mistakes, plot_confidence, plot_found, plot_mistakes, plot_scenes
 from goodfit.outcome.detector_export import Unsteady, check_detector_parity, export_detector
 from goodfit.outcome.ledger import count_look
 from goodfit.outcome.plots import plot_confusion, plot_results
@@ -50,9 +51,10 @@ def picture_stage(run: Run, parts: DetectParts, journal: Journal) -> None:
     finish.picture_stage(run, parts, journal, plot_scenes)
 
 
-def _judge(parts: DetectParts, rows: Any) -> DetectionMeter:
-    """The model on some rows as it will be served, in float32."""
-    meter = evaluate(parts.state.model, parts.eval_loader(rows), task=parts.task, transform=parts.context.transform,
+def _judge(parts: DetectParts, rows: Any, *, keep: bool = False) -> DetectionMeter:
+    """The model on some rows as it will be served, in float32. With `keep`, the meter keeps the masks found."""
+    task = parts.task.keeping() if keep else parts.task
+    meter = evaluate(parts.state.model, parts.eval_loader(rows), task=task, transform=parts.context.transform,
                      device=precisely(parts.plan), ranks=parts.context.ranks)  # fmt: skip
     assert isinstance(meter, DetectionMeter)
     return meter
@@ -69,7 +71,11 @@ def threshold_stage(run: Run, parts: DetectParts, journal: Journal) -> dict[str,
         return done
     with stage(journal, "threshold") as note:
         num = len(parts.index.class_names)
-        threshold, f1 = choose_threshold(_judge(parts, parts.val.rows).images, num)
+        judged = _judge(parts, parts.val.rows)
+        threshold, f1 = choose_threshold(judged.images, num)
+        plots = run.path / "plots"
+        plots.mkdir(exist_ok=True)
+        _plot_mistakes(parts, judged, threshold, plots)
         rows = parts.train.rows[:: max(1, len(parts.train.rows) // JUDGED)][:JUDGED]
         train = {**_judge(parts, rows).compute(), "n": len(rows)}
         best = parts.state.progress.best
@@ -81,10 +87,17 @@ def threshold_stage(run: Run, parts: DetectParts, journal: Journal) -> dict[str,
     return found
 
 
+def _plot_mistakes(parts: DetectParts, judged: DetectionMeter, threshold: float, folder: Path) -> None:
+    """Of validation, not of the test split: who sees mistakes there mends by them."""
+    rows, images = parts.val.rows, judged.masked or judged.images
+    shown = rows[most_mistakes(images, threshold)]
+    plot_found(parts.index, shown, _judge(parts, shown, keep=True), threshold, folder / "found.png")
+    plot_mistakes(parts.index, rows, images, threshold, folder)
+
+
 def threshold_of(run: Run) -> dict[str, Any]:
-    """What `threshold_stage` found in a run; empty before."""
-    made = (e["found"] for e in reversed(run.events) if e["event"] == "stage" and e["name"] == "threshold")
-    return dict(next(made, {}))
+    """What `threshold_stage` found for a run's weights; empty before."""
+    return stage_found(run.events, "threshold", "found")
 
 
 def final_test(run: Run, parts: DetectParts, journal: Journal) -> dict[str, Any]:
@@ -101,18 +114,27 @@ def final_test(run: Run, parts: DetectParts, journal: Journal) -> dict[str, Any]
         meter = _judge(parts, rows)
         result = _result(meter, parts, threshold_of(run)["threshold"], look)
         write_json(run.path / "test.json", result)
-        plots = run.path / "plots"
-        plots.mkdir(exist_ok=True)
-        plot_found(parts.index, rows, meter.images, result["threshold"], plots)
         journal.emit(
             "test",
             **{
                 k: result[k]
-                for k in ("n", "look", *SHOWN, *MASKS, "low", "high", "ap50_low", "ap50_high")
+                for k in (
+                    "n",
+                    "look",
+                    *SHOWN,
+                    *MASKS,
+                    "low",
+                    "high",
+                    "ap50_low",
+                    "ap50_high",
+                    "mask_ap50_low",
+                    "mask_ap50_high",
+                )
                 if k in result
             },
         )
-        by_masks = f" · masks AP50 {result['mask_ap50']:.3f}, AP {result['mask_ap']:.3f}" if "mask_ap" in result else ""
+        by_masks = (f" · masks AP50 {result['mask_ap50']:.3f} ({result['mask_ap50_low']:.3f}–{result['mask_ap50_high']:.3f}), "
+                    f"AP {result['mask_ap']:.3f}") if "mask_ap" in result else ""  # fmt: skip
         note.text = (f"AP50 {result['ap50']:.3f} ({result['ap50_low']:.3f}–{result['ap50_high']:.3f}) · AP {result['ap']:.3f} "
                      f"({result['low']:.3f}–{result['high']:.3f}){by_masks} · n = {result['n']} images, {result['num_objects']} objects · "
                      f"look {look} on this test set")  # fmt: skip
@@ -126,21 +148,32 @@ def _result(meter: DetectionMeter, parts: DetectParts, threshold: float, look: i
     low50, high50 = ap_interval(images, num, 0.5)
     low, high = ap_interval(images, num, None)
     confusion = confusion_matrix(images, num, threshold)
-    counts = [sum(int((i.true_classes == c).sum()) for i in images) for c in range(num)]
+    counts = [sum(int(((i.true_classes == c) & ~i.crowd).sum()) for i in images) for c in range(num)]
+    masked = _by_masks(meter) if meter.masks else {}
     curves = {names[c]: curve for c in range(num) if (curve := confidence_curve(images, c)) is not None}
     rows = []
     for c, figures in enumerate(evaluation.by_class()):
         at = min(98, max(0, round(100 * threshold) - 1))
         curve = curves.get(names[c])
         point = {k: float(curve[k][at]) if curve is not None else 0.0 for k in ("precision", "recall", "f1")}
-        rows.append({"class": names[c], "objects": counts[c], **figures, **point})
+        by_mask = {f"mask_{k}": v for k, v in masked["per_class"][c].items()} if masked else {}
+        rows.append({"class": names[c], "objects": counts[c], **figures, **by_mask, **point})
     return {
         "n": len(images), "num_objects": sum(counts), "look": look, **meter.compute(), "low": low, "high": high,
         "ap50_low": low50, "ap50_high": high50, "interval": "95 % interval by the bootstrap over images", "coco": evaluation.summary(),
         "areas": [list(a) for a in AREAS], "threshold": threshold, "per_class": rows, "confusion": confusion.tolist(),
         "curves": {n: {k: [round(float(v), 5) for v in values] for k, values in c.items()} for n, c in curves.items()},
-        "baselines": {},
+        "baselines": {}, **{k: v for k, v in masked.items() if k != "per_class"},
     }  # fmt: skip
+
+
+def _by_masks(meter: DetectionMeter) -> dict[str, Any]:
+    """What the masks were judged by: COCO's figures, those of each class, and the intervals of both."""
+    evaluation = meter.evaluation(masks=True)
+    low50, high50 = ap_interval(meter.masked, meter.num_classes, 0.5)
+    low, high = ap_interval(meter.masked, meter.num_classes, None)
+    return {"mask_coco": evaluation.summary(), "per_class": evaluation.by_class(), "mask_low": low, "mask_high": high,
+            "mask_ap50_low": low50, "mask_ap50_high": high50}  # fmt: skip
 
 
 def bundle_stage(run: Run, parts: DetectParts, journal: Journal, test: dict[str, Any]) -> dict[str, Any]:
@@ -176,7 +209,8 @@ def bundle_stage(run: Run, parts: DetectParts, journal: Journal, test: dict[str,
                 note.text = f"served by torch: {error.message} "
                 made = write(card={**card, "needs": "torch"}, exporter=by_torch)
         parity = made["parity"]
-        note.text += (f"{run.bundle}  parity {parity['max_difference']:.0e} on {parity['num_files']} files, {parity['num_objects']} objects "
+        left = f" ({parity['num_left_out']} more hang on a rounding)" if parity.get("num_left_out") else ""
+        note.text += (f"{run.bundle}  parity {parity['max_difference']:.0e} on {parity['num_files']} files{left}, {parity['num_objects']} objects "
                      f"alike · {describe_latency(made['latency'])}")  # fmt: skip
     return made
 
@@ -229,7 +263,8 @@ def write_result(run: Run, parts: DetectParts, checkpoints: Checkpoints, test: d
     """Write result.json, what `json=true` prints."""
     progress, last, events = parts.state.progress, checkpoints.latest(), run.events
     assert last is not None
-    figures = ("n", "num_objects", "low", "high", "look", *SHOWN, *MASKS, "ap50_low", "ap50_high", "loss", "threshold")
+    figures = ("n", "num_objects", "low", "high", "look", *SHOWN, *MASKS, "ap50_low", "ap50_high", "mask_low", "mask_high",
+               "mask_ap50_low", "mask_ap50_high", "loss", "threshold")  # fmt: skip
     result = {
         "status": "done", "task": parts.plan.task.value, "run": str(run.path), "bundle": str(run.bundle),
         "epochs": sum(e["event"] == "epoch" for e in events), "steps": progress.step,

@@ -25,6 +25,7 @@ from goodfit.engine.ranks import Ranks
 from goodfit.engine.step import StepContext
 from goodfit.models.detection.build import build_detector, family_of
 from goodfit.models.groups import parameter_groups
+from goodfit.runtime.detections import Selection
 from goodfit.runtime.letterbox import Letterbox
 from goodfit.tasks.detect import DetectTask
 
@@ -53,7 +54,7 @@ class DetectParts(ImageParts):
         objects = self.index.objects
         assert objects is not None
         rows = self.train.rows
-        counts = np.diff(objects.starts)[rows]
+        counts = np.bincount(objects.rows[objects.kept & ~objects.crowd], minlength=len(self.index))[rows]
         chosen = rows[np.argsort(counts == 0, kind="stable")][:NUM_FEW]
         (micro,) = self.eval_loader(chosen)
         return micro
@@ -75,6 +76,14 @@ def _reader(
                        threads=plan.threads.value, collate=task.collate, keep=keep, rank=ranks.rank, size=ranks.size, masks=masks)  # fmt: skip
 
 
+def _most(index: DatasetIndex, rows: npt.NDArray[np.int64]) -> int:
+    """How many objects of a picture are reported: COCO's hundred, or half as many again as a training picture has."""
+    objects = index.objects
+    assert objects is not None
+    counts = np.bincount(objects.rows[objects.kept & ~objects.crowd], minlength=len(index))[rows]
+    return max(Selection().most, 3 * int(counts.max(initial=0)) // 2)
+
+
 def assemble_detector(plan: Plan, index: DatasetIndex, *, workers: int | None = None) -> DetectParts:
     """Build everything. The same plan and index give the same state, bit for bit, in any process.
 
@@ -86,15 +95,15 @@ def assemble_detector(plan: Plan, index: DatasetIndex, *, workers: int | None = 
     """
     rows = subset(index, plan.fraction.value, plan.split_seed.value)
     ranks, letterbox = Ranks(), Letterbox.from_dict(plan.preprocessing.value)
-    task = DetectTask(index.class_names, family_of(plan))
+    family = family_of(plan)
+    task = DetectTask(index.class_names, family, selection=replace(family.selection, most=_most(index, rows)))
     masks = MaskBook(index) if task.family.has_masks else None
     sizes = InputSizes.of(plan)
     short = round(sizes.kept_for(plan.scale.value) * min(letterbox.shape) / max(letterbox.shape))
     store = PictureStore(index, rows, imgsz=short, cache=plan.cache.value)
     preset = SCENE_PRESETS[plan.augment.value]
-    preset = replace(
-        preset, zoom=plan.scale.value or preset.zoom, mosaic=plan.mosaic.value, copy_paste=plan.copy_paste.value
-    )
+    zoom = plan.scale.value if plan.scale.value or plan.scale.source == "asked" else preset.zoom
+    preset = replace(preset, zoom=zoom, mosaic=plan.mosaic.value, copy_paste=plan.copy_paste.value)
     samples = SceneSamples(index=index, store=store, rows=rows, preset=preset, letterbox=letterbox, flip=plan.flip.value,
                            seed=plan.seed.value, collate=task.collate, sizes=sizes, masks=masks)  # fmt: skip
     train = TrainLoader(samples, rows, batch=plan.batch.value, workers=plan.workers.value if workers is None else workers,

@@ -83,9 +83,8 @@ def training_sample(index: DatasetIndex, plan: Plan) -> npt.NDArray[np.int64]:
 
 
 def training_metrics(run: Run) -> dict[str, float]:
-    """What `training_accuracy` found in a run; empty before."""
-    made = (e["train"] for e in reversed(run.events) if e["event"] == "stage" and e["name"] == "gap")
-    return dict(next(made, {}))
+    """What `training_accuracy` found for a run's weights; empty before."""
+    return stage_found(run.events, "gap", "train")
 
 
 def describe_gap(train: dict[str, float], best: dict[str, Any] | None) -> str:

@@ -23,8 +23,9 @@ def predict(
         bundle: The folder `bundle` of a run, or the run's own folder.
         images: Image files, or folders whose files are all taken.
         threshold: Of a detector: the confidence from which an object is reported, in place of the one chosen on validation.
-        out: A folder for predictions.json; of a detector also drawn pictures (`pictures/`), `coco.json` (a list of results with
-            `image_id` as the place in predictions.json) and YOLO's text files (`labels/`).
+        out: A folder for predictions.json; of a detector also drawn pictures (`pictures/`), `coco.json` (a list of results, with masks
+            as run lengths), `coco_ids.json` (what its `image_id` and `category_id` are, in the form of an annotation file) and
+            YOLO's text files of boxes (`labels/`).
 
     Returns:
         As goodfit.runtime.Predictor.predict.
@@ -76,9 +77,11 @@ def write_predictions(rows: Sequence[dict[str, Any]], labels: Sequence[str], fol
     if not detects:
         return
     from goodfit.data.checks.draw import draw_objects
+    from goodfit.data.masks import pack_rle, unpack_rle
 
     numbers = {name: number for number, name in enumerate(labels)}
     results: list[dict[str, Any]] = []
+    images: list[dict[str, Any]] = []
     names = _plain_names([str(row["image"]) for row in rows])
     for number, (row, name) in enumerate(zip(rows, names, strict=True)):
         if "error" in row:
@@ -86,8 +89,10 @@ def write_predictions(rows: Sequence[dict[str, Any]], labels: Sequence[str], fol
         found = row["objects"]
         boxes = np.array([f["box"] for f in found], np.float64).reshape(-1, 4)
         classes = [numbers[f["label"]] for f in found]
+        images.append({"id": number, "file_name": row["image"], "width": row["width"], "height": row["height"]})
         results += [{"image_id": number, "category_id": c, "bbox": [round(float(v), 2) for v in (*b[:2], *(b[2:] - b[:2]))],
-                     "score": f["score"]} for b, c, f in zip(boxes, classes, found, strict=True)]  # fmt: skip
+                     "score": f["score"], **({"segmentation": f["mask"]} if "mask" in f else {})}
+                    for b, c, f in zip(boxes, classes, found, strict=True)]  # fmt: skip
         size = np.array([row["width"], row["height"]], np.float64)
         shares = np.concatenate(
             [(boxes[:, :2] + boxes[:, 2:]) / 2 / size, (boxes[:, 2:] - boxes[:, :2]) / size], axis=1
@@ -100,17 +105,23 @@ def write_predictions(rows: Sequence[dict[str, Any]], labels: Sequence[str], fol
             for kind in ("labels", "pictures"):
                 (folder / kind).mkdir(exist_ok=True)
             write_text(folder / "labels" / f"{name}.txt", "".join(lines))
-            drawn = draw_objects(decode_image(Path(row["image"])), boxes, classes, labels)
+            masks = [unpack_rle(pack_rle(f["mask"]["counts"], *f["mask"]["size"])) for f in found if "mask" in f]
+            drawn = draw_objects(decode_image(Path(row["image"])), boxes, classes, labels, masks or None)
             drawn.save(folder / "pictures" / f"{name}.jpg", quality=90)
     write_text(folder / "coco.json", json.dumps(results))
+    categories = [{"id": number, "name": name} for name, number in numbers.items()]
+    write_text(
+        folder / "coco_ids.json",
+        json.dumps({"images": images, "annotations": [], "categories": categories}, ensure_ascii=False),
+    )
 
 
 def _plain_names(paths: Sequence[str]) -> list[str]:
     """A file name for each picture, without its suffix; those that come again are numbered."""
-    seen: dict[str, int] = {}
-    made = []
+    made: dict[str, None] = {}
     for path in paths:
-        stem = Path(path).stem
-        seen[stem] = seen.get(stem, 0) + 1
-        made.append(stem if seen[stem] == 1 else f"{stem}-{seen[stem]}")
-    return made
+        name, number = Path(path).stem, 2
+        while name in made:
+            name, number = f"{Path(path).stem}-{number}", number + 1
+        made[name] = None
+    return list(made)

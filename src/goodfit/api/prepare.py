@@ -16,7 +16,7 @@ from goodfit.config.facts import DataFacts
 from goodfit.config.plan import Plan, read_plan
 from goodfit.config.request import TrainRequest
 from goodfit.config.resolve import resolve_data
-from goodfit.core.errors import RequestError
+from goodfit.core.errors import DataError, RequestError
 from goodfit.core.journal import Journal
 from goodfit.data.checks.audit import Audit, audit_dataset
 from goodfit.data.checks.findings import Finding, merged
@@ -126,6 +126,7 @@ def read_and_audit(request: TrainRequest, journal: Journal, base: Plan | None = 
             audit = audit_dataset(reading, max_bad=decided.max_bad.value, progress=progress)
         index = split_dataset(audit.index, shares=decided.split.value, split_seed=decided.split_seed.value, given=given)
         absent = check_splits(index)
+        _refuse_without_objects(audit, index)
         audit = replace(audit, findings=merged([*audit.findings, *_absent(absent), *_compare(request, audit)]))
         for finding in audit.findings:
             journal.emit("finding", **finding.to_dict())
@@ -147,11 +148,27 @@ def _with_fixes(request: TrainRequest, reading: Reading) -> tuple[Reading, froze
 
 
 def _absent(absent: dict[str, tuple[str, ...]]) -> list[Finding]:
-    items = tuple(f"{split}: {', '.join(names)}" for split, names in absent.items() if names)
-    if not items:
-        return []
-    return [Finding("too_few", "info", sum(len(names) for names in absent.values()), items,
-                    "classes without an object in a split: they cannot be judged there", "add images of these classes, or resplit=true")]  # fmt: skip
+    found = []
+    for splits, severity, what in ((("train",), "warning", "learned"), (("val", "test"), "info", "judged there")):
+        items = tuple(f"{split}: {', '.join(names)}" for split in splits if (names := absent.get(split)))
+        if items:
+            found.append(Finding("too_few", severity, sum(len(absent.get(split, ())) for split in splits), items,
+                                 f"classes without an object in a split: they cannot be {what}", "add images of these classes, or resplit=true"))  # fmt: skip
+    return found
+
+
+def _refuse_without_objects(audit: Audit, index: DatasetIndex) -> None:
+    """Refuse pictures none of which has an object to learn, as where every line of the labels is in another form.
+
+    Raises:
+        DataError: the training split has no object.
+    """
+    if index.objects is None or class_counts(index, index.rows("train")).sum():
+        return
+    bad = [f for f in audit.findings if f.kind in ("bad_box", "bad_mask")]
+    why = f": {bad[0].count:,} were dropped, the first is {bad[0].items[0]}" if bad else ""
+    raise DataError(f"No picture of the training split has an object that can be learned{why}", where=str(index.root), kept="no file was changed",
+                    next="mend the annotations; goodfit audit shows what was dropped")  # fmt: skip
 
 
 def _compare(request: TrainRequest, audit: Audit) -> list[Finding]:

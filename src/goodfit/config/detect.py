@@ -252,7 +252,12 @@ def _architecture(choose: Chooser, machine: MachineFacts, side: float, family: s
     if family == "maskrcnn" and not large:
         value["channels"] = 64
     if family in TWO_STAGES:
-        value["sampled"] = 512 if large else SAMPLED
+        # RoIAlign runs on one core of a processor; torchvision reads each cell at 2 × 2 points, of up to 1,000 proposals
+        value |= (
+            {"sampled": 512, "points": 2, "proposals": 1000}
+            if large
+            else {"sampled": SAMPLED, "points": 1, "proposals": 200}
+        )
     value["levels"] = max(3, min(value["levels"], int(math.log2(max(8.0, side / 2) / 8)) + 1))
     reason = (
         "as published"
@@ -297,8 +302,9 @@ def _augmentation(choose: Chooser, data: DataFacts) -> dict[str, Decision[Any]]:
         )
     copies = choose("copy_paste", 0.5 if masks and augment.value == "strong" else 0.0, "there are no masks" if not masks else
                     "part of the strong preset" if augment.value == "strong" else "helps only long training")  # fmt: skip
-    close = choose("close_augment", 0.0 if off else CLOSE, "nothing to switch off" if off else
-                   "the last tenth of the epochs on pictures as they will be served")  # fmt: skip
+    nothing = off and not mosaic.value and not copies.value
+    close = choose("close_augment", 0.0 if nothing else CLOSE, "nothing to switch off" if nothing else
+                   "the last tenth of the epochs on whole pictures, with a third of the zoom")  # fmt: skip
     return {
         "augment": augment,
         "flip": flip,

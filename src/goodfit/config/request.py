@@ -45,7 +45,8 @@ class TrainRequest:
     model: str | None = _ask(
         "text",
         "Basic",
-        "any timm model name, also with -stem1 or -stem2 for small pictures; auto decides",
+        "any timm model name, also with -stem1 or -stem2 for small pictures; a detector as FAMILY or FAMILY/BACKBONE, as "
+        "fcos/resnet18, fasterrcnn, detr/ORG/NAME; auto decides",
         aliases=("arch",),
     )
     pretrained: str | None = _ask(
@@ -62,7 +63,12 @@ class TrainRequest:
         "int", "Basic", "samples per update; auto or -1 decides", aliases=("batch_size", "bs"), low=1
     )
     imgsz: int | None = _ask(
-        "int", "Basic", "side of the square model input, pixels", aliases=("img_size", "image_size"), low=8, high=4096
+        "int",
+        "Basic",
+        "side of the square model input, of a detector its longer side, pixels",
+        aliases=("img_size", "image_size"),
+        low=8,
+        high=4096,
     )
     device: str | None = _ask("text", "Basic", "cpu, cuda, cuda:1, mps", aliases=("gpu",))
     seed: int | None = _ask("int", "Basic", "seed of initialisation, order and augmentation", low=0, high=2**31 - 1)
@@ -180,8 +186,8 @@ class TrainRequest:
                                 low=0)  # fmt: skip
     min_delta: float | None = _ask("float", "Optimisation", "relative gain that counts as improvement", low=0.0,
                                    high=1.0)  # fmt: skip
-    monitor: str | None = _ask("text", "Optimisation", "validation figure to watch: accuracy, macro_f1 or loss, or one of an own "
-                               "module's; -name where less is better")  # fmt: skip
+    monitor: str | None = _ask("text", "Optimisation", "validation figure to watch: accuracy, macro_f1 or loss; ap, ap50, ap75, mask_ap of "
+                               "detectors; or one of an own module's; -name where less is better")  # fmt: skip
 
     measure: bool | None = _ask(
         "bool", "Hardware", "measure precision, memory format and batch here, for a minute at most"

@@ -57,6 +57,16 @@ def bare_rate(events: Sequence[Event]) -> float:
     return next((float(e["bare_rate"]) for e in reversed(events) if e["event"] == "stage" and e.get("bare_rate")), 0.0)
 
 
+def stage_found(events: Sequence[Event], name: str, field: str) -> dict[str, Any]:
+    """What the last stage of this name recorded in a field, if the run was not extended after it; empty otherwise."""
+    for event in reversed(events):
+        if event["event"] == "segment":  # what comes after has other weights
+            break
+        if event["event"] == "stage" and event["name"] == name:
+            return dict(event[field])
+    return {}
+
+
 def stage_seconds(events: Sequence[Event]) -> dict[str, float]:
     """Seconds of each finished stage, summed over resumes, in the order of the first time."""
     seconds: dict[str, float] = {}

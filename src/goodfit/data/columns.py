@@ -118,6 +118,10 @@ class Objects:
         mask_kinds: NO_MASK, POLYGONS, RLE or MASK_FILE; uint8, shape (objects,).
         files: The annotation file of each row, relative to the index's root, "" where there is none.
         numbers: Line (YOLO), position (VOC, mask files) or annotation id (COCO) of each object, int64.
+        areas: Square pixels of each object as COCO's files state them, which sort objects into small, medium and large; NaN where
+            none is stated, None where no object has one. float64, shape (objects,).
+        declared: Width and height of each row's image as its annotation states them, NaN where it does not; float64, shape
+            (rows, 2). None where there are none, and after the audit.
         relative: Coordinates of boxes and polygons are shares of the image's width and height.
     """
 
@@ -130,6 +134,8 @@ class Objects:
     mask_kinds: npt.NDArray[np.uint8]
     files: Strings
     numbers: npt.NDArray[np.int64]
+    areas: npt.NDArray[np.float64] | None = None
+    declared: npt.NDArray[np.float64] | None = None
     relative: bool = False
 
     def __len__(self) -> int:

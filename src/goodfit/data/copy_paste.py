@@ -65,9 +65,9 @@ def paste_objects(
     if not cover.any():
         return under
     pixels[cover] = other[cover]
-    before = under.masks.reshape(len(under.masks), -1).sum(axis=1, dtype=np.int64)
+    before = under.masks.sum(axis=(1, 2), dtype=np.int64)
     masks = under.masks * ~cover
-    touched = (under.masks & cover).reshape(len(masks), -1).any(axis=1)
+    touched = (under.masks & cover).any(axis=(1, 2))
     boxes, kept = under.boxes.copy(), np.ones(len(masks), bool)
     for number in np.flatnonzero(touched):
         left = int(masks[number].sum(dtype=np.int64))

@@ -16,7 +16,7 @@ from PIL import Image
 
 from goodfit.data.columns import MASK_FILE, POLYGONS, RLE
 from goodfit.runtime.images import MAX_PIXELS, ImageError, open_image
-from goodfit.runtime.masks import MAX_DIGITS, encode_counts
+from goodfit.runtime.masks import MAX_DIGITS, CutMask, cut_mask, encode_counts, run_lengths
 
 MAX_POINTS = 100_000  # of one object; drawing takes points times rows, and a hand draws some hundred
 _MAX_CROSSINGS = 4_000_000  # edges times rows handled at once: 100 MB
@@ -110,6 +110,12 @@ def pack_rle(counts: Sequence[int] | str | bytes, height: int, width: int) -> by
         packed = encode_counts(runs)
     _check_runs(runs, height, width)
     return _RLE_HEAD.pack(height, width) + packed
+
+
+def pack_mask(mask: Mask) -> bytes:
+    """A mask of shape (height, width) as the bytes of pack_rle."""
+    height, width = mask.shape
+    return _RLE_HEAD.pack(height, width) + encode_counts(run_lengths(mask))
 
 
 def unpack_rle(data: bytes) -> Mask:
@@ -212,6 +218,30 @@ def draw_mask(
     if mask.shape != (height, width):
         mask = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST), dtype=bool)
     return mask
+
+
+def cut_polygons(data: bytes, size: tuple[int, int], scale: tuple[float, float] = (1.0, 1.0)) -> CutMask:
+    """Polygons as a cut-out, of which only the part around them is drawn: a small object in a picture of 24 million pixels.
+
+    Args:
+        data, size, scale: As draw_mask has them.
+
+    Raises:
+        ValueError: the bytes are damaged.
+    """
+    rings = [
+        ring.astype(np.float64) * scale for ring in unpack_polygons(data) if len(ring) >= 3 and np.isfinite(ring).all()
+    ]
+    if not rings:
+        return CutMask(0, 0, np.zeros((0, 0), bool))
+    points = np.concatenate(rings)
+    left, top = np.clip(np.floor(points.min(axis=0)), 0, size).astype(int)
+    right, bottom = np.clip(np.ceil(points.max(axis=0)), 0, size).astype(int)
+    part = np.zeros((max(0, bottom - top), max(0, right - left)), bool)
+    for ring in rings:
+        _fill(part, ring - (left, top))
+    made = cut_mask(part)
+    return CutMask(made.left + int(left), made.top + int(top), made.pixels) if made.pixels.size else made
 
 
 def _fill(mask: Mask, ring: npt.NDArray[np.float64]) -> None:

@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from goodfit.data.columns import MASK_FILE, POLYGONS
 from goodfit.data.index import DatasetIndex
-from goodfit.data.masks import draw_mask
+from goodfit.data.masks import cut_polygons, draw_mask
 from goodfit.runtime.masks import CutMask, cut_mask
+
+BOOK_BYTES = 256 << 20  # of cut-outs, a byte a pixel: those of 100,000 objects of 50 × 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +26,14 @@ class SampleObjects:
         classes: int64, shape (G,).
         crowd: bool, shape (G,).
         numbers: Of the objects in the index, int64, shape (G,).
+        areas: Square pixels as the annotations state them, NaN where they do not; float64, shape (G,).
     """
 
     boxes: npt.NDArray[np.float64]
     classes: npt.NDArray[np.int64]
     crowd: npt.NDArray[np.bool_]
     numbers: npt.NDArray[np.int64]
+    areas: npt.NDArray[np.float64]
 
 
 def objects_of(index: DatasetIndex, row: int) -> SampleObjects:
@@ -42,22 +47,29 @@ def objects_of(index: DatasetIndex, row: int) -> SampleObjects:
     boxes = np.clip(boxes * size if objects.relative else boxes, 0.0, size)
     whole = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
     kept = kept[whole]
+    areas = np.full(len(kept), np.nan) if objects.areas is None else objects.areas[part][kept]
     return SampleObjects(boxes[whole], objects.classes[part][kept].astype(np.int64), objects.crowd[part][kept],
-                         kept + part.start)  # fmt: skip
+                         kept + part.start, areas)  # fmt: skip
 
 
 class MaskBook:
-    """The masks of an index's objects in pixels of their upright pictures, each drawn once and kept as its cut-out."""
+    """The masks of an index's objects in pixels of their upright pictures, drawn when they are needed; the last `BOOK_BYTES` of
+    cut-outs are kept."""
 
     def __init__(self, index: DatasetIndex) -> None:
         self._index = index
         self._kept: dict[int, CutMask] = {}
+        self._bytes = 0
 
     def get(self, row: int, number: int) -> CutMask:
         """The mask of an object of a row; its box, where it has no mask or a damaged one."""
         found = self._kept.get(number)
         if found is None:
             found = self._kept[number] = self._draw(row, number)
+            self._bytes += found.pixels.nbytes
+            while self._bytes > BOOK_BYTES and len(self._kept) > 1:
+                oldest = next(iter(self._kept))  # as good as any: an epoch meets all of them once
+                self._bytes -= self._kept.pop(oldest).pixels.nbytes
         return found
 
     def _draw(self, row: int, number: int) -> CutMask:
@@ -65,10 +77,14 @@ class MaskBook:
         assert objects is not None and sizes is not None
         width, height = (int(v) for v in sizes[row])
         scale = (float(width), float(height)) if objects.relative else (1.0, 1.0)
+        kind = int(objects.mask_kinds[number])
         try:
-            return cut_mask(draw_mask(int(objects.mask_kinds[number]), objects.masks[number], size=(width, height), root=self._index.root,
-                                      scale=scale))  # fmt: skip
+            if kind == POLYGONS:
+                return cut_polygons(objects.masks[number], (width, height), scale)
+            return cut_mask(draw_mask(kind, objects.masks[number], size=(width, height), root=self._index.root))
         except ValueError:
+            if kind == MASK_FILE:  # as a run begun by an earlier version has it: a box in its place would be learned
+                raise
             left, top, right, bottom = (
                 (objects.boxes[number].astype(np.float64) * np.tile(scale, 2)).round().astype(int).clip(0).tolist()
             )

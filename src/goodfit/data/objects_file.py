@@ -24,6 +24,8 @@ def write_objects(index: DatasetIndex) -> bytes:
     masks, ends = objects.masks.parts
     tensors = {name: np.ascontiguousarray(getattr(objects, name)) for name in PLAIN}
     tensors |= {"masks": np.frombuffer(masks, np.uint8), "mask_ends": ends}
+    if objects.areas is not None:
+        tensors["areas"] = objects.areas
     told = {"task": index.task, "class_names": list(index.class_names), "relative": objects.relative}
     return save(tensors, metadata={"goodfit": json.dumps(told)})
 
@@ -40,7 +42,7 @@ def with_objects(index: DatasetIndex, path: Path) -> DatasetIndex:
             told = json.loads(handle.metadata()["goodfit"])
         masks = Blobs.of(tensors["masks"].tobytes(), tensors["mask_ends"])
         objects = Objects(**{name: tensors[name] for name in PLAIN}, masks=masks, files=Strings([""] * len(index)),
-                          relative=bool(told["relative"]))  # fmt: skip
+                          areas=tensors.get("areas"), relative=bool(told["relative"]))  # fmt: skip
         if len(objects.starts) != len(index) + 1:
             raise ValueError(f"it has {len(objects.starts) - 1} samples, not {len(index)}")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:

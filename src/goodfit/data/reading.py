@@ -43,7 +43,8 @@ class Problem:
     """Something that a reader noticed: one item of a finding.
 
     Attributes:
-        kind: A kind of finding: missing_label, missing_image, wrong_type, unreadable, bad_box, bad_mask.
+        kind: A kind of finding: missing_label, missing_image, wrong_type, unreadable, bad_box, bad_mask,
+            other_size.
         item: The file, or file:line, that a person can open.
         message: What is wrong there, in one sentence; may be empty where the kind says all.
         lost: Whether a sample was lost by it, which counts towards the limit of `max_bad`.

@@ -79,7 +79,9 @@ class SceneSamples:
         targets = {"boxes": padded([d.boxes for d in drawn], 0.0, np.float32, width=(4,)),
                    "classes": padded([d.classes for d in drawn], -1, np.int64)}  # fmt: skip
         if self.masks is not None:
-            targets["masks"] = padded([d.masks for d in drawn], 0, np.uint8, width=shape)
+            targets["masks"] = [
+                d.masks for d in drawn
+            ]  # not padded: one crowded picture must not cost its masks times the batch
         return MicroBatch(samples, self.collate(made.transpose(0, 3, 1, 2), targets))
 
     def _draw(self, pastes: list[Paste], out: npt.NDArray[np.uint8]) -> None:
@@ -177,6 +179,7 @@ class SceneReader:
             "true_boxes": padded([o.boxes for o in found], 0.0, np.float64, width=(4,)),
             "true_classes": padded([o.classes for o in found], -1, np.int64),
             "crowd": padded([o.crowd for o in found], False, np.bool_),
+            "areas": padded([o.areas for o in found], np.nan, np.float64),
             "place": np.array([(p.scale_x, p.scale_y, p.left, p.top) for p in places], np.float64).reshape(-1, 4),
             "size": sizes.astype(np.float64),
         }
@@ -187,7 +190,7 @@ class SceneReader:
             self._in_input(masks, o.crowd, p, (int(w), int(h)))
             for masks, o, p, (w, h) in zip(cut, found, places, sizes, strict=True)
         ]
-        return {**made, "masks": padded(inputs, 0, np.uint8, width=self._letterbox.shape), "true_masks": cut}
+        return {**made, "masks": inputs, "true_masks": cut}
 
     def _in_input(
         self, masks: list[CutMask], crowd: npt.NDArray[np.bool_], place: Place, size: tuple[int, int]

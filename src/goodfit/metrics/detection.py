@@ -20,13 +20,14 @@ from goodfit.metrics.coco import (
     evaluate_coco,
     interpolate,
     match_class,
+    overlaps_of,
 )
-from goodfit.runtime.detections import box_iou
 from goodfit.runtime.masks import CutMask, mask_overlaps, paste_mask
 
 LEVELS = np.arange(1, 100) / 100  # confidences that a threshold is chosen from
 NEAR = 0.5  # IoU from which a detection is right, for curves, confusion and threshold
 RESAMPLES = 1000
+RESAMPLED_VALUES = 1 << 22  # at once, of which some eight arrays of float64 are alive: 270 MB
 _BOOTSTRAP = stream("bootstrap")
 Floats = npt.NDArray[np.float64]
 _COLUMNS = ("boxes", "scores", "classes", "true_boxes", "true_classes", "crowd", "areas", "overlaps", "own_areas")
@@ -38,17 +39,21 @@ class DetectionMeter:
     Args:
         num_classes: How many there are.
         masks: Whether objects have masks, which are judged too.
+        keep: Keep the masks found, to draw them; for a few pictures.
 
     Attributes:
+        kept: The masks found in each image, where they are kept.
         images: What was found and what is there, by boxes.
         masked: The same by masks; empty without them.
     """
 
-    def __init__(self, num_classes: int, *, masks: bool = False) -> None:
+    def __init__(self, num_classes: int, *, masks: bool = False, keep: bool = False) -> None:
         self.num_classes = num_classes
         self.masks = masks
         self.images: list[ImageObjects] = []
         self.masked: list[ImageObjects] = []
+        self.kept: list[list[CutMask]] = []
+        self._keep = keep
         self._terms: dict[str, list[float]] = {}
 
     def update(self, outputs: Mapping[str, Any], batch: Mapping[str, Any]) -> None:
@@ -59,7 +64,9 @@ class DetectionMeter:
                 are some, within the boxes (N, K, M, M), and `terms`, the sum and count of each term of the loss.
             batch: `place` (N, 4): scales of x and y, left and top of the picture in the input; `size` (N, 2): width and
                 height of the picture; `true_boxes` (N, G, 4) in the picture, `true_classes` (N, G), -1 where there is none,
-                and `crowd` (N, G); with masks `true_masks`, a list of `CutMask` for each image.
+                and `crowd` (N, G); perhaps `areas` (N, G), square pixels as the annotations state them, NaN where they do not,
+                which then count for small, medium and large, as in COCO's own evaluation; with masks `true_masks`, a list of
+                `CutMask` for each image.
         """
         for name, (total, count) in outputs["terms"].items():
             held = self._terms.setdefault(name, [0.0, 0.0])
@@ -67,6 +74,7 @@ class DetectionMeter:
             held[1] += float(count)
         given = {**{k: outputs[k] for k in ("boxes", "scores", "classes")},
                  **{k: batch[k] for k in ("place", "size", "true_boxes", "true_classes", "crowd")}}  # fmt: skip
+        given["areas"] = batch["areas"] if "areas" in batch else torch.full_like(batch["true_boxes"][..., 0], math.nan)
         arrays = {k: v.detach().cpu().to(torch.float64).numpy() for k, v in given.items()}
         for n in range(len(arrays["boxes"])):
             image = _image(*(arrays[k][n] for k in given))
@@ -74,7 +82,14 @@ class DetectionMeter:
             if self.masks:
                 found = outputs["masks"][n].detach().float().cpu().numpy()[arrays["classes"][n] >= 0]
                 width, height = arrays["size"][n]
-                self.masked.append(_by_masks(image, found, batch["true_masks"][n], (int(width), int(height))))
+                pasted = [
+                    paste_mask(p, box, (int(width), int(height))) for p, box in zip(found, image.boxes, strict=True)
+                ]
+                self.masked.append(
+                    _by_masks(image, pasted, batch["true_masks"][n], arrays["areas"][n][arrays["true_classes"][n] >= 0])
+                )
+                if self._keep:
+                    self.kept.append(pasted)
 
     def state(self) -> dict[str, Any]:
         """Everything as plain values and arrays."""
@@ -96,31 +111,31 @@ class DetectionMeter:
     def compute(self) -> dict[str, float]:
         """The loss, and AP over IoU 0.5 to 0.95, at 0.5 and at 0.75, of boxes and of masks; 0 where there is nothing to be found."""
         terms = {name: total / (count or 1.0) for name, (total, count) in self._terms.items()}
-        judged = {"": self.evaluation().summary()}
+        judged = {"": evaluate_coco(self.images, self.num_classes, by_size=False).summary()}
         if self.masks:
-            judged["mask_"] = evaluate_coco(self.masked, self.num_classes).summary()
+            judged["mask_"] = evaluate_coco(self.masked, self.num_classes, by_size=False).summary()
         figures = {f"{kind}{k}": max(0.0, found[k]) for kind, found in judged.items() for k in ("ap", "ap50", "ap75")}
         return {"loss": sum(terms.values()) if terms else math.nan, **figures}
 
-    def evaluation(self) -> Evaluation:
-        """Precision and recall of every class, as COCO has them."""
-        return evaluate_coco(self.images, self.num_classes)
+    def evaluation(self, *, masks: bool = False) -> Evaluation:
+        """Precision and recall of every class, as COCO has them, by boxes or by masks."""
+        return evaluate_coco(self.masked if masks else self.images, self.num_classes)
 
 
 def _columns(image: ImageObjects) -> dict[str, Any]:
     return {k: getattr(image, k) for k in _COLUMNS}
 
 
-def _by_masks(image: ImageObjects, found: Floats, there: Sequence[CutMask], size: tuple[int, int]) -> ImageObjects:
-    """The same image judged by its masks. found: probabilities within the boxes, shape (K, M, M)."""
-    pasted = [paste_mask(p, box, size) for p, box in zip(found, image.boxes, strict=True)]
-    return replace(image, overlaps=mask_overlaps(pasted, there, image.crowd), areas=np.array([m.area for m in there], np.float64),
+def _by_masks(image: ImageObjects, pasted: Sequence[CutMask], there: Sequence[CutMask], stated: Floats) -> ImageObjects:
+    """The same image judged by its masks. stated: areas, shape (G,)."""
+    drawn = np.array([m.area for m in there], np.float64)
+    return replace(image, overlaps=mask_overlaps(pasted, there, image.crowd), areas=np.where(np.isnan(stated), drawn, stated),
                    own_areas=np.array([m.area for m in pasted], np.float64))  # fmt: skip
 
 
 def _image(
     boxes: Floats, scores: Floats, classes: Floats, place: Floats, size: Floats, true_boxes: Floats, true_classes: Floats,
-    crowd: Floats,
+    crowd: Floats, stated: Floats,
 ) -> ImageObjects:  # fmt: skip
     found, there = classes >= 0, true_classes >= 0
     scale, offset = np.tile(place[:2], 2), np.tile(place[2:], 2)
@@ -129,7 +144,7 @@ def _image(
     return ImageObjects(
         boxes=moved, scores=scores[found], classes=classes[found].astype(np.int64), true_boxes=kept,
         true_classes=true_classes[there].astype(np.int64), crowd=crowd[there] > 0,
-        areas=(kept[:, 2] - kept[:, 0]) * (kept[:, 3] - kept[:, 1]),
+        areas=np.where(np.isnan(stated[there]), (kept[:, 2:] - kept[:, :2]).prod(axis=1), stated[there]),
     )  # fmt: skip
 
 
@@ -170,7 +185,7 @@ def confusion_matrix(images: Sequence[ImageObjects], num_classes: int, threshold
     for image in images:
         sure = np.flatnonzero(image.scores >= threshold)
         sure = sure[np.argsort(-image.scores[sure], kind="stable")]
-        overlaps = box_iou(image.boxes[sure], image.true_boxes) if image.overlaps is None else image.overlaps[sure]
+        overlaps = overlaps_of(image, sure, np.arange(len(image.true_boxes)))
         left = ~image.crowd
         for row, number in enumerate(sure):
             values = np.where(left, overlaps[row], -1.0) if len(left) else np.zeros(0)
@@ -200,7 +215,8 @@ def ap_interval(
     )  # how often each image comes in each draw
     sums, counts = np.zeros(resamples), np.zeros(resamples)
     for found in classes:
-        values = _resampled(found, draws)
+        block = max(1, RESAMPLED_VALUES // max(1, len(found.scores)))
+        values = np.concatenate([_resampled(found, draws[k : k + block]) for k in range(0, resamples, block)])
         there = ~np.isnan(values)
         sums[there] += values[there]
         counts += there

@@ -43,6 +43,7 @@ KINDS: dict[str, tuple[str, str]] = {
                        "The same picture, stored again, resized, cropped or lit differently; it must stay in one split."),
     "bad_box": ("Boxes that cannot be right", "Outside the picture, reversed, without area, or of an unknown class."),
     "bad_mask": ("Masks that cannot be right", "Empty, broken, or not of the size of their picture."),
+    "other_size": ("Pictures of another size than annotated", "Their boxes may lie elsewhere: the picture was turned, or is a copy."),
     "imbalance": ("Some classes are much rarer than others", "A model tends to neglect rare classes."),
     "too_few": ("Classes with too few samples", "Each class has to be in training, validation and test."),
     "shortcut": ("The class can be guessed without looking",

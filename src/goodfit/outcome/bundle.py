@@ -207,7 +207,18 @@ def _preview_manifest(folder: Path) -> None:
 def library_versions() -> dict[str, str]:
     """Versions of what made the bundle."""
     found = {"python": platform.python_version(), "platform": sys.platform}
-    for name in ("goodfit", "torch", "timm", "numpy", "pillow", "onnx", "onnxruntime"):
+    for name in (
+        "goodfit",
+        "torch",
+        "torchvision",
+        "timm",
+        "transformers",
+        "hotcoco",
+        "numpy",
+        "pillow",
+        "onnx",
+        "onnxruntime",
+    ):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -12,11 +12,12 @@ from PIL import Image, ImageDraw
 
 from goodfit.data.checks.draw import class_colour, contact_sheet, draw_objects
 from goodfit.data.index import DatasetIndex
-from goodfit.metrics.coco import ImageObjects
-from goodfit.metrics.detection import LEVELS, NEAR
-from goodfit.runtime.detections import box_iou
+from goodfit.data.objects import MaskBook, objects_of
+from goodfit.metrics.coco import ImageObjects, overlaps_of
+from goodfit.metrics.detection import LEVELS, NEAR, DetectionMeter
 from goodfit.runtime.images import decode_image
 from goodfit.runtime.letterbox import Letterbox
+from goodfit.runtime.masks import CutMask
 
 MAX_PICTURES = 16  # of a batch
 NUM_SIDE_BY_SIDE = 6
@@ -31,7 +32,8 @@ def plot_scenes(batch: Mapping[str, Any], class_names: Sequence[str], letterbox:
     """The input of a model as pictures with their boxes: what it really sees, after augmentation.
 
     Args:
-        batch: `image`, normalised, float32, (N, 3, H, W); `boxes` (N, G, 4) and `classes` (N, G), -1 where there is none.
+        batch: `image`, normalised, float32, (N, 3, H, W); `boxes` (N, G, 4) and `classes` (N, G), -1 where there is none; perhaps
+            `masks`, for each image uint8 (its objects, H, W).
         letterbox: Whose normalisation is undone.
     """
     images = batch["image"][:MAX_PICTURES].float().cpu().numpy()
@@ -42,29 +44,56 @@ def plot_scenes(batch: Mapping[str, Any], class_names: Sequence[str], letterbox:
     for number, picture in enumerate(pixels):
         there = classes[number] >= 0
         image = Image.fromarray(np.ascontiguousarray(picture.transpose(1, 2, 0)))
-        made.append(draw_objects(image, boxes[number][there], classes[number][there], class_names))
+        masks = batch["masks"][number][: int(there.sum())].cpu().numpy() > 0 if "masks" in batch else None
+        made.append(draw_objects(image, boxes[number][there], classes[number][there], class_names, masks))
         captions.append(f"{(num := int(there.sum()))} object{'' if num == 1 else 's'}")
     contact_sheet(made, captions, columns=4).save(path)
 
 
+def most_mistakes(images: Sequence[ImageObjects], threshold: float) -> list[int]:
+    """The numbers of the images with the most mistakes, those first."""
+    counts = [sum(map(len, _mistakes(image, threshold))) for image in images]
+    return sorted(range(len(images)), key=lambda n: (-counts[n], n))[:NUM_SIDE_BY_SIDE]
+
+
 def plot_found(
+    index: DatasetIndex, rows: npt.NDArray[np.int64], meter: DetectionMeter, threshold: float, path: Path
+) -> None:
+    """Some pictures with what is there, and beside it with what was found, boxes and masks.
+
+    Args:
+        rows: The pictures, as `meter` has judged them.
+        meter: One that kept the masks found, where there are some.
+    """
+    book = MaskBook(index) if meter.masks else None
+    sheet, captions = [], []
+    for number, (row, image) in enumerate(zip(rows.tolist(), meter.images, strict=True)):
+        picture = decode_image(index.file(row))
+        ratio = min(1.0, MOST_SIDE / max(picture.size))
+        small = picture.resize(
+            [max(1, round(s * ratio)) for s in picture.size], Image.Resampling.BILINEAR, reducing_gap=2.0
+        )  # type: ignore[arg-type]
+        sure = np.flatnonzero(image.scores >= threshold)
+        there = [book.get(row, int(n)) for n in objects_of(index, row).numbers] if book is not None else None
+        found = [meter.kept[number][k] for k in sure] if book is not None else None
+        for boxes, classes, masks in (
+            (image.true_boxes, image.true_classes, there),
+            (image.boxes[sure], image.classes[sure], found),
+        ):
+            drawn = None if masks is None else [_reduced(m, ratio, small.size) for m in masks]
+            sheet.append(draw_objects(small, boxes * ratio, classes, index.class_names, drawn))
+        missed, alarms = _mistakes(image, threshold)
+        captions += [f"there: {len(image.true_boxes)}\n{index.name(row)}",
+                     f"found: {len(sure)}\nmissed {len(missed)}, false alarms {len(alarms)}"]  # fmt: skip
+    if sheet:
+        contact_sheet(sheet, captions, columns=2).save(path)
+
+
+def plot_mistakes(
     index: DatasetIndex, rows: npt.NDArray[np.int64], images: Sequence[ImageObjects], threshold: float, folder: Path
 ) -> None:
-    """found.png: what is there beside what was found, in the pictures with the most mistakes first; missed.png and
-    false_alarms.png: the worst of both, cut out."""
+    """missed.png and false_alarms.png: the worst of both, cut out."""
     judged = [_mistakes(image, threshold) for image in images]
-    order = sorted(range(len(images)), key=lambda n: (-sum(map(len, judged[n])), n))
-    sheet, captions = [], []
-    for number in order[:NUM_SIDE_BY_SIDE]:
-        image, picture = images[number], decode_image(index.file(int(rows[number])))
-        sure = image.scores >= threshold
-        missed, alarms = judged[number]
-        sheet += [draw_objects(picture, image.true_boxes, image.true_classes, index.class_names),
-                  draw_objects(picture, image.boxes[sure], image.classes[sure], index.class_names)]  # fmt: skip
-        captions += [f"there: {len(image.true_boxes)}\n{index.name(int(rows[number]))}",
-                     f"found: {int(sure.sum())}\nmissed {len(missed)}, false alarms {len(alarms)}"]  # fmt: skip
-    if sheet:
-        contact_sheet([_reduced(p) for p in sheet], captions, columns=2).save(folder / "found.png")
     lost = [(_area(images[n].true_boxes[k]), n, k) for n, (missing, _) in enumerate(judged) for k in missing]
     wrong = [(float(images[n].scores[k]), n, k) for n, (_, found) in enumerate(judged) for k in found]
     for name, chosen, truth in (
@@ -86,10 +115,11 @@ def plot_found(
 
 
 def _mistakes(image: ImageObjects, threshold: float) -> tuple[list[int], list[int]]:
-    """Objects that were not found, and detections where no such object is, at an IoU of 0.5."""
+    """Objects that were not found, and detections where no such object is that has none yet, at an IoU of 0.5, of masks where the
+    image is judged by them."""
     sure = np.flatnonzero(image.scores >= threshold)
     sure = sure[np.argsort(-image.scores[sure], kind="stable")]
-    overlaps = box_iou(image.boxes[sure], image.true_boxes)
+    overlaps = overlaps_of(image, sure, np.arange(len(image.true_boxes)))
     left, alarms = ~image.crowd, []
     for row, number in enumerate(sure):
         same = (image.true_classes == image.classes[number]) & (overlaps[row] >= NEAR)
@@ -105,10 +135,10 @@ def _area(box: npt.NDArray[np.floating]) -> float:
     return float((box[2] - box[0]) * (box[3] - box[1]))
 
 
-def _reduced(picture: Image.Image) -> Image.Image:
-    picture = picture.copy()
-    picture.thumbnail((MOST_SIDE, MOST_SIDE))
-    return picture
+def _reduced(mask: CutMask, ratio: float, size: tuple[int, int]) -> npt.NDArray[np.bool_]:
+    """A mask as it lies in the picture made smaller, by the nearest pixel. Shape: (height, width)."""
+    x, y = (np.floor((np.arange(side) + 0.5) / ratio).astype(np.int64) for side in size)
+    return mask.at(x, y)
 
 
 def _cut(picture: Image.Image, box: npt.NDArray[np.floating], colour: tuple[int, int, int]) -> Image.Image:

@@ -162,12 +162,12 @@ def _difference(found: Sequence[Floats], wanted: Sequence[Floats], lowest: float
 def check_detector_parity(
     predictor: Predictor, reference: Served, files: Sequence[bytes], names: Sequence[str]
 ) -> dict[str, Any]:
-    """Compare ONNX Runtime with torch on image files, from their bytes: all candidates, one by one and in one batch; and the
+    """Compare ONNX Runtime with torch on image files, from their bytes: all candidates, one by one and in batches; and the
     objects that come of them, matched as sets.
 
     Returns:
-        The largest difference of a candidate (scores, and boxes over the input's side), the tolerance, the number of files, and
-        that of objects compared.
+        The largest difference of a candidate (scores, and boxes over the input's side), the tolerance, the number of files, that of
+        objects compared, and of the files that were left out.
 
     Raises:
         Unsteady: for half of the files or more the network's own answer hangs on a rounding; other such files are left out.
@@ -180,15 +180,16 @@ def check_detector_parity(
     if 2 * len(steady) <= len(files):
         raise Unsteady(f"The answer of this network changes with a rounding on {len(files) - len(steady)} of {len(files)} files.",
                        kept="the trained weights, in checkpoints/best", next="train it longer")  # fmt: skip
+    num_left_out = len(files) - len(steady)
     files, names = [files[k] for k in steady], [names[k] for k in steady]
     pixels = np.stack([predictor.pixels(data, where=name) for data, name in zip(files, names, strict=True)])
     with torch.inference_mode():
         made = [reference(torch.from_numpy(p[None])) for p in pixels]
     wanted = [torch.cat(parts).numpy() for parts in zip(*made, strict=True)]
     largest, num_objects = 0.0, 0
-    one_by_one = [predictor.run(p[None]) for p in pixels]
-    for label, found in (("one by one", [np.concatenate(parts) for parts in zip(*one_by_one, strict=True)]),
-                         ("in one batch", predictor.run(pixels))):  # fmt: skip
+    for label, size in (("one by one", 1), ("in batches", max(2, predictor.batch))):
+        parts = [predictor.run(pixels[k : k + size]) for k in range(0, len(pixels), size)]
+        found = [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
         for number, name in enumerate(names):
             apart = _difference(
                 [f[number : number + 1] for f in found], [w[number : number + 1] for w in wanted], reference.lowest
@@ -204,7 +205,8 @@ def check_detector_parity(
                     f"tolerance {TOLERANCE:.2g}, or other objects are found.",
                     kept="the trained weights, in checkpoints/best", next="report the model's name and the versions in events.jsonl",
                 )  # fmt: skip
-    return {"max_difference": largest, "tolerance": TOLERANCE, "num_files": len(files), "num_objects": num_objects // 2}
+    return {"max_difference": largest, "tolerance": TOLERANCE, "num_files": len(files), "num_objects": num_objects // 2,
+            "num_left_out": num_left_out}  # fmt: skip
 
 
 def _covered(one: tuple[Any, ...], other: tuple[Any, ...], limit: float) -> bool:

@@ -26,7 +26,7 @@ class TorchPredictor(Predictor):
     """As `Predictor`, for a bundle that says `"needs": "torch"`: built from its plan.json and model.safetensors."""
 
     def _open(self, threads: int | None) -> Any:
-        del threads  # torch has one number of threads for the whole process
+        self._threads = threads
         plan = read_plan(self.path / "plan.json").changed(pretrained="false")
         network, _ = build_detector(plan, self.labels)
         network.load_state_dict(load_file(str(self.path / "model.safetensors")))
@@ -46,9 +46,16 @@ class TorchPredictor(Predictor):
         letterbox = self.preprocessing
         assert isinstance(letterbox, Letterbox)
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) * 255 for v in (letterbox.mean, letterbox.std))
-        with torch.inference_mode():
-            images = (torch.from_numpy(pixels).float() - mean) / std
-            return self._family.predict(self._session, {"image": images}, self.selection)[0]
+        before = torch.get_num_threads()  # of the whole process
+        if self._threads is not None and self._threads != before:
+            torch.set_num_threads(self._threads)
+        try:
+            with torch.inference_mode():
+                images = (torch.from_numpy(pixels).float() - mean) / std
+                return self._family.predict(self._session, {"image": images}, self.selection)[0]
+        finally:
+            if self._threads is not None and self._threads != before:
+                torch.set_num_threads(before)
 
 
 def no_export(_network: nn.Module, _letterbox: Any, _path: Path) -> nn.Module:

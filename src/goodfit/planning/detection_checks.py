@@ -20,6 +20,9 @@ MEANING = (
     "place of a picture in the input mistaken"
 )
 MOST = 4  # images ...
+LEAST_SIDE = (
+    8  # pixels of the input: smaller objects may lie between the places of the finest level, which nothing answers for
+)
 CROWDED = 50  # ... with as many objects at most: of more, some lie upon each other, and a hundred are reported
 STEPS = 80
 RATE = 0.15  # of Adam: a score of a new network needs a way of 8, the side of the largest object of a level one of 8
@@ -42,10 +45,15 @@ def check_found(model: nn.Module, context: StepContext, few: Any, num: int) -> C
     task = context.task
     assert isinstance(task, DetectTask) and isinstance(task.family, OneStage)
     family, shape = task.family, shape_of(few["image"])
-    counts = (few["classes"] >= 0).sum(dim=1).tolist()
-    rows = [k for k in sorted(range(num), key=counts.__getitem__) if 0 < counts[k] <= CROWDED][:MOST]
+    there = few["classes"] >= 0
+    counts = there.sum(dim=1).tolist()
+    sides = (few["boxes"][..., 2:] - few["boxes"][..., :2]).amin(dim=2)
+    tiny = (there & (sides < LEAST_SIDE)).any(dim=1).tolist()
+    rows = [k for k in sorted(range(num), key=counts.__getitem__) if 0 < counts[k] <= CROWDED and not tiny[k]][:MOST]
     if not rows:
-        return Check(NAME, True, f"no sample has 1 to {CROWDED} objects: not asked", MEANING)
+        return Check(
+            NAME, True, f"no sample has 1 to {CROWDED} objects of {LEAST_SIDE} pixels and more: not asked", MEANING
+        )
     few = pick(few, rows, num)
     with torch.no_grad():
         made = model.eval()(few["image"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -132,4 +133,8 @@ class Letterbox:
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Width and height of an opened image as it will stand after its EXIF orientation, pixels."""
+    if image.format == "TIFF":  # Pillow turns these itself, while it loads them
+        with contextlib.suppress(Exception):  # damage is for whoever decodes
+            image.load()
+        return image.width, image.height
     return (image.height, image.width) if orientation(image.getexif) >= 5 else (image.width, image.height)

@@ -107,12 +107,28 @@ def _shared(one: CutMask, other: CutMask) -> int:
 
 def as_rle(mask: CutMask, size: tuple[int, int]) -> dict[str, object]:
     """A mask of a picture of this width and height as COCO's compressed run lengths: `size` (height, width) and `counts`."""
-    flat = mask.whole(size).ravel(order="F")
-    changes = np.flatnonzero(np.diff(flat.view(np.int8))) + 1
-    edges = np.concatenate([[0], changes, [len(flat)]])
+    width, height = size
+    part = mask.pixels
+    if not part.size:
+        return {"size": [height, width], "counts": encode_counts(np.array([width * height], np.int64)).decode("ascii")}
+    # each column of the cut-out between a row of background above and one below: where its runs begin and end
+    ringed = np.pad(part, ((1, 1), (0, 0))).astype(np.int8)
+    columns, rows = np.nonzero(np.diff(ringed, axis=0).T)
+    places = (mask.left + columns) * height + mask.top + rows  # begins and ends in turn, column by column
+    apart = np.flatnonzero(places[1:-1:2] == places[2::2])  # a run to a picture's lower edge goes on in the next column
+    places = np.delete(places, np.concatenate([2 * apart + 1, 2 * apart + 2]))
+    edges = np.concatenate([[0], places, [width * height]])
     runs = np.diff(edges).astype(np.int64)
-    runs = np.concatenate([[0], runs]) if len(flat) and flat[0] else runs
-    return {"size": [size[1], size[0]], "counts": encode_counts(runs).decode("ascii")}
+    runs = runs[:-1] if runs[-1] == 0 else runs
+    return {"size": [height, width], "counts": encode_counts(runs).decode("ascii")}
+
+
+def run_lengths(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """Pixels of background and object in turn, column by column, beginning with background. mask: shape (height, width)."""
+    flat = mask.ravel(order="F")
+    edges = np.concatenate([[0], np.flatnonzero(np.diff(flat.view(np.int8))) + 1, [len(flat)]])
+    runs = np.diff(edges).astype(np.int64)
+    return np.concatenate([[0], runs]) if len(flat) and flat[0] else runs
 
 
 def encode_counts(runs: npt.NDArray[np.int64]) -> bytes:

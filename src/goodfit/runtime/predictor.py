@@ -18,7 +18,10 @@ from goodfit.runtime.letterbox import Letterbox
 from goodfit.runtime.masks import as_rle, paste_mask
 
 BUNDLE_SCHEMA = 1
-BATCH = 32  # images per call of the model; a bound on memory
+BATCH = 32  # images per call of the model, at most; and ...
+BATCH_PIXELS = (
+    1 << 22
+)  # ... of their inputs: the first maps of a detector take some 300 bytes a pixel, a gigabyte in all
 EPSILON = 1e-6  # scores above the limit are taken, those at the threshold too
 Outputs = list[npt.NDArray[np.float32]]
 
@@ -71,6 +74,13 @@ class Predictor:
                             next="goodfit predict BUNDLE IMAGE..., or goodfit.predict, on a machine with goodfit and torch")  # fmt: skip
         return _open_session(self.path / "model.onnx", threads)
 
+    @property
+    def batch(self) -> int:
+        """Images that are given to the model at once, at most."""
+        if not isinstance(self.preprocessing, Letterbox):
+            return BATCH
+        return max(1, min(BATCH, BATCH_PIXELS // (self.preprocessing.width * self.preprocessing.height)))
+
     def pixels(self, source: Path | bytes, *, where: str = "") -> npt.NDArray[np.uint8]:
         """One image as the model takes it, uint8 of shape (3, height, width).
 
@@ -116,10 +126,11 @@ class Predictor:
         self, images: Sequence[str | Path | bytes], *, threshold: float | None = None
     ) -> Iterator[dict[str, Any]]:
         """As predict, but yields each result as soon as its batch is done."""
-        for start in range(0, len(images), BATCH):
+        batch = self.batch
+        for start in range(0, len(images), batch):
             rows: list[dict[str, Any]] = []
             arrays = []
-            for source in images[start : start + BATCH]:
+            for source in images[start : start + batch]:
                 name = "" if isinstance(source, bytes) else str(source)
                 try:
                     pixels, told = self._read(Path(source) if isinstance(source, str) else source)

@@ -37,12 +37,12 @@ class DetectTask:
 
         `image`: uint8, (N, 3, H, W). `boxes`: float32, (N, G, 4), in the input; `classes`: int64, (N, G), -1 where an image
         has fewer than G objects. For evaluation also what a `DetectionMeter` needs: `true_boxes`, `true_classes`, `crowd`,
-        `place` and `size`. With masks: `masks`, uint8, (N, G, H, W), in the input, and `true_masks`, a list of `CutMask` for each
-        image.
+        `place` and `size`. With masks: `masks`, for each image uint8 (its objects, H, W), in the input, and `true_masks`, a list of
+        `CutMask` for each image.
         """
         return {
             "image": torch.from_numpy(images),
-            **{name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in targets.items()},
+            **{name: _as_tensors(v) for name, v in targets.items()},
         }
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> Terms:
@@ -70,6 +70,10 @@ class DetectTask:
         """An empty meter of the loss and of average precision."""
         return DetectionMeter(len(self.class_names), masks=self.family.has_masks)
 
+    def keeping(self) -> DetectTask:
+        """This task with meters that keep the masks found."""
+        return KeepingTask(self.class_names, self.family, selection=self.selection)
+
     def describe(self) -> dict[str, Any]:
         """The labels, and what of the outputs becomes an object."""
         return {"task": "segment" if self.family.has_masks else "detect", "labels": list(self.class_names), "output": "candidates",
@@ -81,12 +85,26 @@ class DetectTask:
         return DenseTask(self.class_names, self.family, selection=self.selection)
 
 
+class KeepingTask(DetectTask):
+    """Keeps the masks found, to draw them."""
+
+    def meter(self) -> DetectionMeter:
+        """As `DetectTask` has it."""
+        return DetectionMeter(len(self.class_names), masks=self.family.has_masks, keep=True)
+
+
 class DenseTask(DetectTask):
     """Predicts what there is before anything is chosen."""
 
     def predict(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
         """Every candidate, in the network's order."""
         return {str(k): made for k, made in enumerate(self.family.candidates(model, batch["image"]))}
+
+
+def _as_tensors(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_as_tensors(v) for v in value]
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
 
 def _filled(values: torch.Tensor, length: int, with_: float) -> torch.Tensor:

@@ -104,10 +104,14 @@ def _gate(index: DatasetIndex, findings: Iterable[Finding], num_lost: int, num_e
     """Refuse data of which too much cannot be used. Excused is what a person left out, and copies of good samples."""
     num_bad = int((index.splits == LEFT_OUT).sum()) + num_lost - num_excused
     total = len(index) + num_lost
-    if num_bad <= max(1, int(max_bad * total + 1e-9)):
+    nothing_left = not (index.splits != LEFT_OUT).any()
+    if num_bad <= max(1, int(max_bad * total + 1e-9)) and not nothing_left:
         return
     bad = [f for f in findings if f.severity != "info" and "left out" in f.action and f.kind != "leak"]
     lines = "; ".join(f"{f.count} {f.kind} (first: {f.items[0]})" for f in bad)
+    if nothing_left:
+        raise DataError(f"None of {total} samples can be used: {lines}.", where=str(index.root), kept="no file was changed",
+                        next="mend them, or give other data")  # fmt: skip
     raise DataError(
         f"{num_bad} of {total} samples cannot be used, more than the limit of {max_bad:.1%}: {lines}.",
         where=str(index.root),
@@ -147,13 +151,16 @@ def _imbalance(index: DatasetIndex) -> list[Finding]:
     counts = class_counts(index, np.flatnonzero(index.splits != LEFT_OUT))
     if len(counts) < 2:
         return []
+    if counts.min() == 0 and index.objects is not None:  # what a split lacks is another finding
+        counts = np.where(counts == 0, counts[counts > 0].min(initial=counts.max()), counts)
     ratio = counts.max() / max(1, counts.min())
     if ratio < IMBALANCE:
         return []
     order = np.argsort(-counts, kind="stable")
     items = tuple(f"{index.class_names[t]}: {counts[t]}" for t in order)
     return [Finding("imbalance", "warning", int(counts.sum()), items,
-                    f"the largest class is {ratio:.1f} times the smallest", "the plan decides: balance=off|sample|loss|logit")]  # fmt: skip
+                    f"the largest class is {ratio:.1f} times the smallest",
+                    "the plan decides: balance=off|sample|loss|logit" if index.objects is None else "add pictures of the rare classes")]  # fmt: skip
 
 
 def changed_files(index: DatasetIndex) -> list[str]:

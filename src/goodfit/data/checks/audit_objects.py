@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from goodfit.data.columns import MASK_FILE, NO_MASK, POLYGONS, RLE, Blobs, Objects
 from goodfit.data.index import LEFT_OUT, DatasetIndex
-from goodfit.data.masks import mask_box, polygon_area, read_mask, rle_runs, scale_polygons, unpack_polygons
+from goodfit.data.masks import mask_box, pack_mask, polygon_area, read_mask, rle_runs, scale_polygons, unpack_polygons
 from goodfit.data.reading import Problem, problem
 
 MIN_SIDE = 0.99  # pixels: smaller boxes hold no pixel; a share of 6 decimals of a 1-pixel box may come to 0.995
@@ -29,6 +29,7 @@ class _Masks:
     """What became of the masks: new bytes, boxes and errors by object, and remarks on masks that are kept."""
 
     data: list[bytes]
+    kinds: npt.NDArray[np.uint8]
     boxes: dict[int, _Box] = field(default_factory=dict)
     errors: dict[int, str] = field(default_factory=dict)
     remarks: dict[int, str] = field(default_factory=dict)
@@ -72,7 +73,7 @@ def audit_objects(index: DatasetIndex) -> tuple[Objects, list[Problem]]:
         found |= {n: ("bad_mask", f"{text}; the object is dropped.") for n, text in masks.errors.items()}
         kept[list(masks.errors)] = False
         if index.task == "segment":
-            changes["masks"] = Blobs(masks.data)
+            changes |= {"masks": Blobs(masks.data), "mask_kinds": masks.kinds}
         else:
             changes |= {"masks": Blobs([b""] * len(objects)), "mask_kinds": np.zeros_like(objects.mask_kinds)}
     boxes, bad = _audit_boxes(boxes, sizes, kept)
@@ -82,10 +83,33 @@ def audit_objects(index: DatasetIndex) -> tuple[Objects, list[Problem]]:
     found |= {n: ("bad_box", f"The box {_text(boxes[n])} stands here a second time; it is dropped.")
               for n in repeats.tolist()}  # fmt: skip
     with np.errstate(over="ignore"):
-        made = replace(objects, boxes=boxes.astype(np.float32), kept=kept, relative=False, **changes)  # type: ignore[arg-type]
+        made = replace(objects, boxes=boxes.astype(np.float32), kept=kept, relative=False, declared=None, **changes)  # type: ignore[arg-type]
     problems = [problem(found[n][0], f"{index.paths[int(rows[n])]}: {objects.where(n)}", found[n][1])
                 for n in sorted(found)]  # fmt: skip
-    return made, problems
+    return made, [*_other_sizes(index), *problems]
+
+
+def _other_sizes(index: DatasetIndex) -> list[Problem]:
+    """A Problem for every image with objects that has not the size that its annotation states: a copy of another size, or turned."""
+    objects, found = index.objects, []
+    assert objects is not None and index.sizes is not None
+    if objects.declared is None:
+        return []
+    stated, real = objects.declared, index.sizes.astype(np.float64)
+    asked = (
+        (stated > 0).all(axis=1) & (real > 0).all(axis=1) & (index.splits != LEFT_OUT) & (np.diff(objects.starts) > 0)
+    )
+    for row in np.flatnonzero(asked & (stated != real).any(axis=1)).tolist():
+        wide, high = real[row]
+        turned = tuple(stated[row]) == (high, wide)
+        why = (
+            "boxes may be those of the picture before it was turned"
+            if turned
+            else "boxes may be those of a copy of another size"
+        )
+        found.append(problem("other_size", f"{index.paths[row]}: {objects.files[row]}",
+                             f"The annotation states {stated[row][0]:.0f} x {stated[row][1]:.0f}, the picture has {wide:.0f} x {high:.0f}: {why}."))  # fmt: skip
+    return found
 
 
 def _text(box: Iterable[float]) -> str:
@@ -157,7 +181,7 @@ def _audit_masks(
     index: DatasetIndex, objects: Objects, kept: npt.NDArray[np.bool_], sizes: npt.NDArray[np.float64]
 ) -> _Masks:
     """Judge the mask of every kept object. sizes: width and height of each object's image, shape (objects, 2)."""
-    masks = _Masks(list(objects.masks))
+    masks = _Masks(list(objects.masks), objects.mask_kinds.copy())
     kinds = objects.mask_kinds.tolist()
     files = []
     for number in np.flatnonzero(kept).tolist():
@@ -186,7 +210,8 @@ def _audit_masks(
             if isinstance(result, str):
                 masks.errors[number] = result
             else:
-                masks.boxes[number] = result
+                masks.boxes[number], masks.data[number] = result
+                masks.kinds[number] = RLE
     return masks
 
 
@@ -224,8 +249,9 @@ def _run_lengths(data: bytes, size: tuple[int, int]) -> None:
         raise ValueError("the mask is empty")
 
 
-def _file_box(root: Path, data: bytes, size: tuple[int, int]) -> _Box | str:
-    """The box around a mask file's pixels, or what is wrong with it."""
+def _file_box(root: Path, data: bytes, size: tuple[int, int]) -> tuple[_Box, bytes] | str:
+    """The box around a mask file's pixels and their run lengths, or what is wrong with it. With run lengths the file is not needed
+    again, and a run goes on with the masks that it began with."""
     name = data.decode("utf-8", "surrogateescape")
     try:
         mask = read_mask(root / name)
@@ -233,4 +259,5 @@ def _file_box(root: Path, data: bytes, size: tuple[int, int]) -> _Box | str:
         return f"Mask file {name}: {str(error).rstrip('.')}"
     if mask.shape != size[::-1]:
         return f"Mask file {name} is of {mask.shape[1]} x {mask.shape[0]} pixels, the image of {size[0]} x {size[1]}"
-    return mask_box(mask) or f"Mask file {name} is empty"
+    box = mask_box(mask)
+    return (box, pack_mask(mask)) if box else f"Mask file {name} is empty"

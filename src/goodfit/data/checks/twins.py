@@ -113,7 +113,9 @@ def _members(groups: Ints) -> list[Ints]:
 
 
 def _conflicts(index: DatasetIndex, exact: Ints) -> list[Finding]:
-    if index.objects is not None or not index.class_names:
+    if index.objects is not None:
+        return _other_objects(index, exact)
+    if not index.class_names:
         return []
     bad = [rows for rows in _members(exact) if len(np.unique(index.targets[rows])) > 1]
     if not bad:
@@ -125,6 +127,26 @@ def _conflicts(index: DatasetIndex, exact: Ints) -> list[Finding]:
         items.append(" = ".join(index.name(int(r)) for r in rows) + f": {labels}")
     return [Finding("label_conflict", "warning", sum(len(rows) for rows in bad), tuple(items),
                     "one content, two labels: all copies left out", "keep the copy with the right label, or labels=fixes.csv")]  # fmt: skip
+
+
+def _other_objects(index: DatasetIndex, exact: Ints) -> list[Finding]:
+    """Equal pictures whose objects differ: one copy says that there is nothing where the other has an object. Both are kept, as a
+    pixel more or less is no contradiction; a person has to look."""
+    objects = index.objects
+    assert objects is not None
+
+    def told(row: int) -> list[tuple[float, ...]]:
+        part = objects.of(row)
+        kept = objects.kept[part]
+        rows = np.column_stack([objects.classes[part], np.rint(objects.boxes[part])])[kept]
+        return sorted(map(tuple, rows.tolist()))
+
+    bad = [rows for rows in _members(exact) if any(told(int(r)) != told(int(rows[0])) for r in rows[1:])]
+    if not bad:
+        return []
+    items = tuple(" = ".join(f"{index.name(int(r))} ({len(told(int(r)))} objects)" for r in rows) for rows in bad)
+    return [Finding("label_conflict", "warning", sum(len(rows) for rows in bad), items,
+                    "one picture, different objects: all copies kept, in one split", "keep the copy with all of the objects")]  # fmt: skip
 
 
 def _pairs(index: DatasetIndex, exact: Ints, near: list[tuple[int, int, float]]) -> list[Finding]:

@@ -138,6 +138,7 @@ class _Reader:
         self.names: list[str] = []
         self.classes: dict[int | str, int] = {}
         self.used: set[str] = set()
+        self.heads: dict[str, list[str]] = {}  # folders for the folders of a name
         self.note = ""
 
     def read_categories(self, files: list[_File]) -> None:
@@ -171,8 +172,10 @@ class _Reader:
     def read_images(self, file: _File) -> None:
         """Rows for the images whose files exist, in order of path."""
         places, last = self._places(file)
+        self.heads.clear()
         found: list[tuple[str, int | str]] = []
         missing: list[tuple[int | str, str]] = []
+        sizes: dict[int | str, tuple[float, float]] = {}
         for position, entry in enumerate(file.content["images"]):
             key = _id(entry.get("id")) if isinstance(entry, dict) else None
             name = entry.get("file_name") if isinstance(entry, dict) else None
@@ -181,34 +184,61 @@ class _Reader:
                 self._bad("missing_image", file, f"images[{position}]", f"{shown(entry)} {reason}.", lost=True)
                 continue
             file.rows[key] = -1
+            sizes[key] = number(entry.get("width")), number(entry.get("height"))
             path = self._find(name, places)
             if path is None:
                 missing.append((key, name))
             else:
                 found.append((path, key))
+        missing = self._by_tail(missing, places, found)
         if not found and last:  # all images are where those of another split would be
             found = [(p, k) for k, n in missing if (p := self._find(n, last)) is not None]
             there = {k for _, k in found}
-            missing = [(k, n) for k, n in missing if k not in there]
+            missing = self._by_tail([(k, n) for k, n in missing if k not in there], last, found)
         for key, name in missing:
             self._bad("missing_image", file, f"image {shown(key)}", f"{shown(name)} does not exist.", lost=True)
         source = self.samples.name(file.path)
         for path, key in sorted(found, key=lambda f: f[0]):
             self.used.add(path)
-            file.rows[key] = self.samples.add(self.samples.name(path), file.split, source)
+            file.rows[key] = self.samples.add(self.samples.name(path), file.split, source, size=sizes[key])
 
     def _find(self, name: str, places: list[str]) -> str | None:
-        name = name.replace("\\", "/")
-        tail = name.rpartition("/")[2]
-        if name.startswith("/") or name[1:3] == ":/":
-            name = tail  # a path of the machine that wrote the file
-        upwards = ".." in name.split("/") and not is_image(Path(tail))  # no way to a file that is no image
-        for wanted in dict.fromkeys((tail if upwards else name, tail)):
-            for place in places:
-                found = self.listings.find(place, wanted)
-                if found is not None:
-                    return found
-        return None
+        """A file by its name and the folders in it, as many of them as there are here: the name may be a path of the machine that
+        wrote the file."""
+        head, _, tail = name.replace("\\", "/").rpartition("/")
+        if ".." in head.split("/") and not is_image(Path(tail)):  # no way to a file that is no image
+            head = ""
+        known = self.heads.get(head)
+        if known is None:
+            known = self.heads[head] = self._below(head, places)
+        return next((found for folder in known if (found := self.listings.find(folder, tail)) is not None), None)
+
+    def _below(self, head: str, places: list[str]) -> list[str]:
+        """Folders that the folders of a name may be, those first that agree with more of them; the places themselves if it has none."""
+        words = [w for w in head.split("/") if w not in ("", ".")]
+        if not words:
+            return places
+        made = (os.path.normpath("/".join((place, *words[first:]))) for first in range(len(words)) for place in places)
+        return [folder for folder in dict.fromkeys(made) if self.listings.names(folder)]
+
+    def _by_tail(
+        self, missing: list[tuple[int | str, str]], places: list[str], found: list[tuple[str, int | str]]
+    ) -> list[tuple[int | str, str]]:
+        """Find what no folder of its name holds by the name alone, where one file has it and no other image took that; adds to `found`.
+
+        Returns:
+            What is still missing.
+        """
+        taken, left = {p for p, _ in found}, []
+        for key, name in missing:
+            tail = name.replace("\\", "/").rpartition("/")[2]
+            there = {p for place in places if (p := self.listings.find(place, tail)) is not None}
+            if len(there) == 1 and not there & taken:
+                taken |= there
+                found.append((there.pop(), key))
+            else:
+                left.append((key, name))
+        return left
 
     def _places(self, file: _File) -> tuple[list[str], list[str]]:
         """Folders that image names may start from, likely ones first; and those of other splits, for want of better."""
@@ -278,9 +308,9 @@ class _Reader:
             self._bad("bad_box", file, where, f"{shown(box)} is no box of left, top, width and height.")
             return
         crowd = entry.get("iscrowd") in (1, True, "1")
-        self.samples.objects.add(
-            row, edges, kind, where, crowd=crowd, kept=kept or crowd, mask_kind=mask_kind, mask=mask
-        )
+        area = number(entry.get("area"))
+        self.samples.objects.add(row, edges, kind, where, crowd=crowd, kept=kept or crowd, mask_kind=mask_kind, mask=mask,
+                                 area=area if area > 0 else math.nan)  # fmt: skip
 
     def _bad(self, kind: str, file: _File, where: object, message: str, *, lost: bool = False) -> None:
         self.problems.append(problem(kind, f"{self.samples.name(file.path)}:{where}", message, lost=lost))
@@ -317,6 +347,10 @@ def _mask(value: object) -> tuple[int, bytes]:
             if not isinstance(ring, list) or len(ring) % 2:
                 raise ValueError(f"{shown(ring)} is no polygon: it needs pairs of x and y")
             points.append(np.array([number(v) for v in ring], np.float64).reshape(-1, 2))
+        if not any(map(len, points)):
+            return NO_MASK, b""
+        if max(map(len, points)) < 3:
+            raise ValueError("the polygon has fewer than three corners")
         return POLYGONS, pack_polygons(points)
     size = value.get("size") if isinstance(value, dict) else None
     counts = value.get("counts") if isinstance(value, dict) else None

@@ -68,14 +68,14 @@ def read(data: Path, how: How) -> Reading:
 
 
 def _places(data: Path) -> list[Path]:
-    """Folders that hold samples: data itself, one in it, or those in it that are named as splits."""
+    """Folders that hold samples: data itself, those in it that are named as splits, or all in it."""
     if not data.is_dir():
         return []
     if _holds_samples(data):
         return [data]
     found = [f for f in folders(data) if _holds_samples(f)]
     named = [f for f in found if split_of(f.name) is not None]
-    return named if len(named) > 1 else found[:1]
+    return named if len(named) > 1 else found
 
 
 def _holds_samples(folder: Path) -> bool:

@@ -170,6 +170,7 @@ class ObjectsBuilder:
         self.boxes = array("d")
         self.classes = array("q")
         self.crowd, self.kept, self.kinds = array("B"), array("B"), array("B")
+        self.areas = array("d")
         self.masks: list[bytes] = []
 
     def __len__(self) -> int:
@@ -177,9 +178,9 @@ class ObjectsBuilder:
 
     def add(
         self, row: int, box: Sequence[float], kind: int, where: int, *, crowd: bool = False, kept: bool = True,
-        mask_kind: int = NO_MASK, mask: bytes = b"",
+        mask_kind: int = NO_MASK, mask: bytes = b"", area: float = math.nan,
     ) -> None:  # fmt: skip
-        """One object: its sample, box (left, top, right, bottom), class, and number in the annotation file."""
+        """One object: its sample, box (left, top, right, bottom), class, number in the annotation file, and its area as stated there."""
         self.rows.append(row)
         self.boxes.extend(box)
         self.classes.append(kind)
@@ -188,14 +189,17 @@ class ObjectsBuilder:
         self.kept.append(kept)
         self.kinds.append(mask_kind)
         self.masks.append(mask)
+        self.areas.append(area)
 
     def build(
-        self, files: Iterable[str], *, class_map: npt.NDArray[np.int64] | None, relative: bool, with_masks: bool
-    ) -> Objects:
+        self, files: Iterable[str], *, class_map: npt.NDArray[np.int64] | None, relative: bool, with_masks: bool,
+        declared: Sequence[tuple[float, float]],
+    ) -> Objects:  # fmt: skip
         """The columns, ordered by sample and else as added.
 
         Args:
             files: Annotation file of each sample.
+            declared: Width and height that the annotations say of each sample, NaN where they do not.
             class_map: New number of each class number used so far; None keeps them.
             relative: As Objects.relative.
             with_masks: False drops the masks, for detection.
@@ -219,6 +223,8 @@ class ObjectsBuilder:
             mask_kinds=kinds if with_masks else np.zeros_like(kinds),
             files=files,
             numbers=np.array(self.numbers, np.int64)[order],
+            areas=np.array(self.areas, np.float64)[order] if not np.isnan(np.array(self.areas)).all() else None,
+            declared=np.array(declared, np.float64).reshape(-1, 2),
             relative=relative,
         )
 
@@ -231,13 +237,19 @@ class Samples:
     paths: list[str] = field(default_factory=list)
     splits: list[int] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
+    sizes: list[tuple[float, float]] = field(default_factory=list)
     objects: ObjectsBuilder = field(default_factory=ObjectsBuilder)
 
-    def add(self, path: str, split: int, file: str) -> int:
-        """One more sample; returns its row."""
+    def add(self, path: str, split: int, file: str, *, size: tuple[float, float] = (math.nan, math.nan)) -> int:
+        """One more sample; returns its row.
+
+        Args:
+            size: Width and height that the annotation says, pixels.
+        """
         self.paths.append(path)
         self.splits.append(split)
         self.files.append(file)
+        self.sizes.append(size)
         return len(self.paths) - 1
 
     def name(self, path: str | Path) -> str:
@@ -257,13 +269,26 @@ class Samples:
             task="segment" if with_masks else "detect",
             paths=Strings(self.paths),
             targets=np.full(len(splits), -1, np.int64),
-            class_names=tuple(clean(n) for n in class_names),
+            class_names=_distinct([clean(n) for n in class_names]),
             splits=splits,
             groups=np.full(len(splits), NO_GROUP, np.int64),
-            objects=self.objects.build(self.files, class_map=class_map, relative=relative, with_masks=with_masks),
-        )
+            objects=self.objects.build(self.files, class_map=class_map, relative=relative, with_masks=with_masks,
+                                       declared=self.sizes),
+        )  # fmt: skip
         given = tuple(s for i, s in enumerate(SPLITS) if (splits == i).any())
         return Reading(index=index, format=format, note=clean(note), given_splits=given, problems=tuple(problems))
+
+
+def _distinct(names: Sequence[str]) -> tuple[str, ...]:
+    """The same names, with a number after one that stands there again: results are told apart by names."""
+    made: dict[str, None] = {}
+    for name in names:
+        number = 2
+        shown_as = name
+        while shown_as in made:
+            shown_as, number = f"{name} ({number})", number + 1
+        made[shown_as] = None
+    return tuple(made)
 
 
 def wants_masks(how: How, masks: int, objects: int, where: str) -> bool:

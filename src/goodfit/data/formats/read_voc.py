@@ -6,7 +6,7 @@ import math
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from goodfit.data.formats.read_objects import (
     wants_masks,
 )
 from goodfit.data.index import NO_SPLIT, SPLITS
-from goodfit.data.reading import How, Problem, Reading, folders, is_regular, problem
+from goodfit.data.reading import How, Problem, Reading, folders, is_image, is_regular, problem
 
 _ANNOTATION_FOLDERS = ("annotations", "annotation", "xml", "xmls")
 _IMAGE_FOLDERS = ("jpegimages", "images", "image", "imgs", "img")
@@ -39,11 +39,11 @@ def recognise(data: Path) -> str | None:
         places = _places(data)
     except (OSError, ValueError):
         return None
-    return f"Pascal VOC: {_title(places[0], data)}" if places else None
+    return f"Pascal VOC: {_titles(places, data)}" if places else None
 
 
 def read(data: Path, how: How) -> Reading:
-    """Read Pascal VOC: Annotations/ and JPEGImages/ (here or one level down), or XML files beside their images.
+    """Read Pascal VOC: Annotations/ and JPEGImages/ (here, or in each folder one level down), or XML files beside their images.
 
     Corners are whole pixels counted from 1, the last included, so left is xmin - 1 and right is xmax; where any xmin or
     ymin of the dataset is 0, they are taken as edges counted from 0. A box whose corners are the same pixel, or
@@ -76,9 +76,7 @@ def read(data: Path, how: How) -> Reading:
     base = "corners counted from 0, as one of them is 0" if zero_based else "corners are pixels counted from 1"
     return samples.reading(
         format="voc",
-        note="; ".join(
-            [f"Pascal VOC: {_title(places[0], data)}", f"boxes of {len(names)} classes", base, *reader.notes]
-        ),
+        note="; ".join([f"Pascal VOC: {_titles(places, data)}", f"boxes of {len(names)} classes", base, *reader.notes]),
         problems=reader.problems,
         class_names=names or ["object"],
         how=how,
@@ -99,16 +97,28 @@ def _places(data: Path) -> list[_Place]:
     if not data.is_dir():
         return []
     below = folders(data)
-    for root in [data, *below]:
-        inner = below if root == data else folders(root)
-        annotations = _named(inner, _ANNOTATION_FOLDERS)
-        images = _named(inner, _IMAGE_FOLDERS)
-        if annotations is not None and images is not None and _has_boxes(annotations):
-            sets = root / "ImageSets" / "Main"
-            return [_Place(annotations, images, sets if sets.is_dir() else None, NO_SPLIT)]
+    whole = _inside(data, below, NO_SPLIT)
+    if whole is not None:
+        return [whole]
+    parts = [(f, place) for f in below if (place := _inside(f, folders(f), NO_SPLIT)) is not None]
+    if len(parts) == 1:
+        return [parts[0][1]]
+    if parts:  # a folder for each split, or for each year, which all belong to the dataset
+        return [
+            replace(place, split=split if (split := split_of(f.name)) is not None else NO_SPLIT) for f, place in parts
+        ]
     if _has_boxes(data):
         return [_Place(data, data, None, NO_SPLIT)]
     return [_Place(f, f, None, split) for f in below if (split := split_of(f.name)) is not None and _has_boxes(f)]
+
+
+def _inside(root: Path, inner: list[Path], split: int) -> _Place | None:
+    """A folder that holds one of annotations and one of images."""
+    annotations, images = _named(inner, _ANNOTATION_FOLDERS), _named(inner, _IMAGE_FOLDERS)
+    if annotations is None or images is None or not _has_boxes(annotations):
+        return None
+    sets = root / "ImageSets" / "Main"
+    return _Place(annotations, images, sets if sets.is_dir() else None, split)
 
 
 def _named(candidates: list[Path], names: tuple[str, ...]) -> Path | None:
@@ -127,6 +137,10 @@ def _has_boxes(folder: Path) -> bool:
         if b"<annotation" in head or b"<bndbox" in head:
             return True
     return False
+
+
+def _titles(places: list[_Place], data: Path) -> str:
+    return ", ".join(dict.fromkeys(_title(place, data) for place in places))
 
 
 def _title(place: _Place, data: Path) -> str:
@@ -164,7 +178,11 @@ class _Reader:
             if path is None:
                 self._bad("missing_image", file, "There is no image of this name.", lost=True)
                 continue
-            self._read_objects(self.samples.add(self.samples.name(path), split, file), root)
+            size = (
+                _number((root.findtext("size/width") or "").strip()),
+                _number((root.findtext("size/height") or "").strip()),
+            )
+            self._read_objects(self.samples.add(self.samples.name(path), split, file, size=size), root)
         for name in self.listings.images(str(place.images)):
             path = f"{place.images}/{name}"
             if path not in used and Path(name).stem not in stems:
@@ -203,7 +221,7 @@ class _Reader:
         names = [words for words in names if len(words) < 2 or words[-1] != "-1"]  # -1: the class is not in the image
         known = [" ".join(words[:-1]) if len(words) > 1 and words[-1] in ("0", "1") else " ".join(words)
                  for words in names]  # fmt: skip
-        return [Path(name).stem if Path(name).suffix.lower() in (".jpg", ".png", ".xml") else name for name in known]
+        return [Path(name).stem if is_image(Path(name)) or name.lower().endswith(".xml") else name for name in known]
 
     def _parse(self, path: Path) -> tuple[ElementTree.Element | None, str]:
         file = self.samples.name(path)

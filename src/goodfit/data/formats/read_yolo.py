@@ -156,11 +156,11 @@ class _Reader:
 
     def read_labels(self) -> None:
         """A row and its objects for every image of every split."""
-        train = self.images.get(0, {})
-        for split in (1, 2):
-            if train and self.images.get(split) and self.images[split].keys() <= train.keys():
+        for split, other in ((1, 0), (2, 0), (2, 1)):
+            mine, theirs = self.images.get(split), self.images.get(other)
+            if mine and theirs and mine.keys() <= theirs.keys():
                 del self.images[split]
-                self.layout.notes.append(f"{SPLITS[split]} names images of train only: not taken as a split")
+                self.layout.notes.append(f"{SPLITS[split]} names images of {SPLITS[other]} only: not taken as a split")
         for split, images in sorted(self.images.items()):
             for path in sorted(images):
                 self._read_image(split, path, images[path])

@@ -95,6 +95,12 @@ def layout_of(data: Path, how: How) -> Layout:
 def _from_folders(data: Path, pairs: list[tuple[int, Path]], how: How) -> Layout:
     layout = Layout(data, None, [data], [(s, str(p)) for s, p in pairs], "images/ and labels/ without a yaml")
     layout.encoding = how.encoding
+    if (
+        len(pairs) == 1
+        and pairs[0][0] == NO_SPLIT
+        and any(split_of(f.name) is not None for f in folders(followed(data / "images")))
+    ):
+        layout.notes.append("images lie also outside of folders that are named as splits: all are split anew")
     for other in sorted(p for p in data.iterdir() if p.suffix.lower() in (".yaml", ".yml") and p.is_file()):
         text = "It is not a readable YOLO yaml with train or val, and names: not used."
         layout.problems.append(problem("wrong_type", other.name, text))

@@ -43,7 +43,7 @@ def make_network(family: str, backbone: str, *, num_classes: int, masks: bool = 
 
     Args:
         detector: As the plan has it: `config` of a detector of transformers; of the others `channels`, `convs` and `levels`, of two
-            stages `sampled` too.
+            stages `sampled`, `points` and `proposals` too, which plans of earlier versions do not all have.
     """
     if family == "detr":
         return DetrNetwork(detector["config"], num_classes=num_classes, masks=masks)
@@ -51,12 +51,13 @@ def make_network(family: str, backbone: str, *, num_classes: int, masks: bool = 
 
 
 def _over_pyramid(
-    family: str, backbone: str, num_classes: int, *, channels: int, convs: int, levels: int, sampled: int = SAMPLED
-) -> nn.Module:
+    family: str, backbone: str, num_classes: int, *, channels: int, convs: int, levels: int, sampled: int = SAMPLED, points: int = 2,
+    proposals: int = 500,
+) -> nn.Module:  # fmt: skip
     pyramid = Pyramid(backbone, channels=channels, num_levels=levels)
     if family in ("fasterrcnn", "maskrcnn"):
-        return RcnnNetwork(pyramid, num_classes=num_classes, channels=channels, num_convs=convs, sampled=sampled,
-                           masks=family == "maskrcnn")  # fmt: skip
+        return RcnnNetwork(pyramid, num_classes=num_classes, channels=channels, num_convs=convs, sampled=sampled, points=points,
+                           proposals=proposals, masks=family == "maskrcnn")  # fmt: skip
     if family == "ssdlite":
         return SsdliteNetwork(pyramid, num_classes=num_classes, channels=channels)
     kind = RetinaNetwork if family == "retinanet" else FcosNetwork

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from goodfit.models.detection.choose import Found, choose_objects
-from goodfit.models.detection.family import Family, Terms, cut_at_edges, shape_of
+from goodfit.models.detection.family import Family, Terms, cut_at_edges, shape_of, unmoved_random
 from goodfit.models.detection.transfer import ClassLayer
 from goodfit.runtime.detections import Selection
 
@@ -186,8 +186,7 @@ class Detr(Family):
         """The best queries, and the loss if the batch has targets."""
         images = batch["image"]
         labels = self._labels(batch) if "boxes" in batch else None
-        with torch.random.fork_rng([images.device] if images.device.type == "cuda" else []):
-            torch.manual_seed(0)  # the loss of masks looks at random places
+        with unmoved_random(images.device):  # the loss of masks looks at random places
             outputs = model(images, labels)
         boxes, scores = _decoded(outputs, shape_of(images))
         masks = outputs.pred_masks.float() if self.has_masks else [None] * len(boxes)
@@ -216,7 +215,7 @@ class Detr(Family):
             there = classes >= 0
             low, high = (batch["boxes"][number][there].float() / scale).chunk(2, dim=1)
             one = {"class_labels": classes[there], "boxes": torch.cat([(low + high) / 2, high - low], dim=1)}
-            made.append({**one, "masks": batch["masks"][number][there].float()} if self.has_masks else one)
+            made.append({**one, "masks": batch["masks"][number][: len(low)].float()} if self.has_masks else one)
         return made
 
 

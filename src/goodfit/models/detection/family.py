@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,8 +39,8 @@ class Family(ABC):
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> Terms:
         """Each term of the loss, from one call of the model.
 
-        `batch`: `image` (N, 3, H, W); `boxes` (N, G, 4) in the input and `classes` (N, G), -1 where there is none; `masks`
-        (N, G, H, W), uint8, for families with masks.
+        `batch`: `image` (N, 3, H, W); `boxes` (N, G, 4) in the input and `classes` (N, G), -1 where there is none; `masks`, for each
+        image (its objects, H, W), uint8, for families with masks.
         """
 
     @abstractmethod
@@ -86,6 +88,14 @@ class OneStage(Family):
     def candidates(self, model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Boxes and scores, as `decode` gives them."""
         return self.decode(model, model(images), shape_of(images))
+
+
+@contextmanager
+def unmoved_random(device: torch.device) -> Iterator[None]:
+    """The same random numbers each time, and the generators afterwards as they were: an evaluation is a function of the weights."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
 
 
 def shape_of(images: torch.Tensor) -> Shape:

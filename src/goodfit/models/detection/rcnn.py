@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from goodfit.models.detection.choose import Found
-from goodfit.models.detection.family import Family, Terms, listed, shape_of
+from goodfit.models.detection.family import Family, Terms, listed, shape_of, unmoved_random
 from goodfit.models.detection.pyramid import Pyramid
 from goodfit.models.detection.transfer import ClassLayer
 from goodfit.runtime.detections import Selection
@@ -20,6 +20,7 @@ from goodfit.runtime.detections import Selection
 ANCHOR = 2.0  # strides: side of a level's smaller anchors; the larger are half an octave above
 RATIOS = (0.5, 1.0, 2.0)
 ROI, MASK_ROI = 7, 14  # places that a proposal is read at, each way
+PROPOSED = Selection(iou=0.5)  # as torchvision has it: what the second stage finds lies closer than dense guesses
 WIDTH = 256  # of the fully connected layers: a quarter of the published 1,024, for few classes and little data
 
 
@@ -29,9 +30,11 @@ class RcnnNetwork(nn.Module):
     pretrained_cfg = {"classifier": ("pyramid.fpn", "pyramid.more", "rpn", "roi_heads")}  # noqa: RUF012  what is new
 
     def __init__(
-        self, pyramid: Pyramid, *, num_classes: int, channels: int, num_convs: int, sampled: int, masks: bool
-    ) -> None:
-        """Of `num_convs` convolutions in the head of masks; learning from `sampled` proposals of an image."""
+        self, pyramid: Pyramid, *, num_classes: int, channels: int, num_convs: int, sampled: int, points: int,
+        proposals: int, masks: bool,
+    ) -> None:  # fmt: skip
+        """Of `num_convs` convolutions in the head of masks; learning from `sampled` proposals of an image, finding among `proposals`
+        of them; each is read at `points` places of a cell each way."""
         super().__init__()
         from torchvision.models.detection.anchor_utils import AnchorGenerator
         from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
@@ -43,7 +46,7 @@ class RcnnNetwork(nn.Module):
         self.pyramid = pyramid
         sizes = tuple((ANCHOR * stride, ANCHOR * stride * 2**0.5) for stride in pyramid.strides)
         anchors = AnchorGenerator(sizes, (RATIOS,) * len(sizes))
-        counts = {"training": 1000, "testing": 500}
+        counts = {"training": 1000, "testing": proposals}
         self.rpn = RegionProposalNetwork(
             anchors, RPNHead(channels, 2 * len(RATIOS)), 0.7, 0.3, 256, 0.5, counts, counts, 0.7
         )
@@ -56,17 +59,21 @@ class RcnnNetwork(nn.Module):
         mask_parts: dict[str, Any] = {}
         if masks:
             mask_parts = {
-                "mask_roi_pool": MultiScaleRoIAlign(pooled, MASK_ROI, 2),
+                "mask_roi_pool": MultiScaleRoIAlign(pooled, MASK_ROI, points),
                 "mask_head": MaskRCNNHeads(channels, (channels,) * num_convs, 1),
                 "mask_predictor": MaskRCNNPredictor(channels, channels, num_classes + 1),
             }
         self.roi_heads = RoIHeads(
-            MultiScaleRoIAlign(pooled, ROI, 2), TwoMLPHead(channels * ROI**2, WIDTH), FastRCNNPredictor(WIDTH, num_classes + 1),
+            MultiScaleRoIAlign(pooled, ROI, points), TwoMLPHead(channels * ROI**2, WIDTH), FastRCNNPredictor(WIDTH, num_classes + 1),
             0.5, 0.5, sampled, 0.25, None, 0.01, 0.5, 100, **mask_parts,
         )  # fmt: skip
 
     def forward(
-        self, images: torch.Tensor, targets: list[dict[str, torch.Tensor]] | None = None, *, find: bool = False
+        self,
+        images: torch.Tensor,
+        targets: list[dict[str, torch.Tensor]] | None = None,
+        *,
+        find: Selection | None = None,
     ) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
         """The losses where there are targets, and the objects where `find`; the backbone is run once.
 
@@ -85,7 +92,9 @@ class RcnnNetwork(nn.Module):
                 with _learning(self.rpn, self.roi_heads):
                     proposals, losses = self.rpn(listed_images, maps, targets)
                     losses = {**losses, **self.roi_heads(maps, proposals, listed_images.image_sizes, targets)[1]}
-            if find:
+            if find is not None:
+                heads = self.roi_heads
+                heads.score_thresh, heads.nms_thresh, heads.detections_per_img = find.threshold, find.iou, find.most
                 with _learning(self.rpn, self.roi_heads, learning=False):
                     proposals, _ = self.rpn(listed_images, maps)
                     found = self.roi_heads(maps, proposals, listed_images.image_sizes)[0]
@@ -113,6 +122,7 @@ class Rcnn(Family):
     has_masks: bool = False
     exact: bool = False
     exports: bool = False
+    selection: Selection = PROPOSED
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> Terms:
         """The terms of both stages."""
@@ -121,12 +131,13 @@ class Rcnn(Family):
 
     def predict(self, model: nn.Module, batch: dict[str, Any], how: Selection) -> tuple[list[Found], Terms]:
         """What the second stage finds, and the terms of both."""
-        losses, made = model(batch["image"], self._targets(batch) if "boxes" in batch else None, find=True)
+        with unmoved_random(batch["image"].device):  # the library's terms look at samples that it draws
+            losses, made = model(batch["image"], self._targets(batch) if "boxes" in batch else None, find=how)
         found = []
         for one in made:
-            kept = one["scores"] > how.threshold
-            masks = one["masks"][kept][:, 0] if "masks" in one else None
-            found.append(Found(one["boxes"][kept], one["scores"][kept], one["labels"][kept] - 1, masks))
+            found.append(
+                Found(one["boxes"], one["scores"], one["labels"] - 1, one["masks"][:, 0] if "masks" in one else None)
+            )
         return found, _weighed(losses, len(batch["image"]))
 
     def candidates(self, model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -140,7 +151,7 @@ class Rcnn(Family):
         targets = listed(batch["boxes"], batch["classes"], first_class=1)
         if self.has_masks:
             for target, masks, classes in zip(targets, batch["masks"], batch["classes"], strict=True):
-                target["masks"] = masks[classes >= 0]
+                target["masks"] = masks[: int((classes >= 0).sum())]
         return targets
 
 
