@@ -19,7 +19,7 @@ from goodfit.api.latency import typical_files
 from goodfit.api.prepare import stage
 from goodfit.api.verdict import compare_projection, judge_time
 from goodfit.config.plan import Plan
-from goodfit.core.history import bare_rate, stage_seconds, training_rate
+from goodfit.core.history import bare_rate, stage_found, stage_seconds, training_rate
 from goodfit.core.journal import Journal
 from goodfit.core.random import permutation, stream
 from goodfit.core.safeio import read_json, write_json
