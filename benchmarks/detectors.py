@@ -101,7 +101,7 @@ def train_goodfit(asked: argparse.Namespace, seed: int, made: Path) -> dict[str,
     names = {name: number for number, name in enumerate(index.class_names)}
     rows = index.rows("test").tolist()
     told = open_predictor(run.bundle).predict([index.file(row) for row in rows], threshold=0.0)
-    found = {name_of(index, row): [[names[o["label"]], o["score"], *o["box"]] for o in one["objects"]]
+    found = {name_of(index, row): [[names[o["label"]], o["score"], *o["box"]] for o in one.get("objects", ())]
              for row, one in zip(rows, told, strict=True)}  # fmt: skip
     result = run.result
     return {**judge(index, found), "reported_ap50": result["metrics"]["test"]["ap50"], "epochs": result["epochs"], "seconds": seconds,
@@ -127,7 +127,8 @@ def gflop(run: goodfit.Run) -> float:
     )
     height, width = (run.plan.preprocessing.value[side] for side in ("height", "width"))
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        family_of(run.plan).candidates(network.eval(), torch.zeros(1, 3, height, width))
+        family = family_of(run.plan)
+        family.predict(network.eval(), {"image": torch.zeros(1, 3, height, width)}, family.selection)
     return counter.get_total_flops() / 1e9
 
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,7 +86,36 @@ def test_coco_paths_of_another_machine_find_the_folder_that_agrees(tmp_path):
     (root / "annotations.json").write_text(json.dumps(content))
     reading = read_coco.read(root, How())
     assert list(reading.index.paths) == ["camA/0001.png", "camA/0002.png", "camB/0001.png"]
+    assert reading.index.objects.numbers.tolist() == [0, 1]
     assert [(p.kind, p.lost) for p in reading.problems] == [("missing_image", True)]
+
+
+def test_coco_names_are_found_from_a_relative_path_too(tmp_path, monkeypatch):
+    for split in ("train", "valid"):
+        names = [f"{split}{n}.png" for n in range(2)]
+        pictures_of(tmp_path / "ds" / split, names)
+        images = [{"id": n, "file_name": f"/home/me/{split}/images/{name}"} for n, name in enumerate(names)]
+        (tmp_path / "ds" / split / "_annotations.coco.json").write_text(json.dumps({
+            "images": images, "categories": [{"id": 1, "name": "cat"}],
+            "annotations": [{"id": 1, "image_id": 0, "category_id": 1, "bbox": [1, 2, 10, 12]}]}))  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    reading = read_coco.read(Path("ds"), How())
+    assert split_counts(reading) == [2, 2, 0] and not reading.problems
+
+
+def test_coco_images_may_lie_where_those_of_another_split_would_be(tmp_path):
+    root = tmp_path / "set"
+    for split in ("train", "test"):
+        pictures_of(root / split, ["a.png", "b.png"])
+    coco(
+        root / "annotations",
+        "instances_val.json",
+        images=[{"id": 0, "file_name": "a.png"}, {"id": 1, "file_name": "b.png"}],
+    )
+    for image in ("a.png", "b.png"):
+        (root / "annotations" / image).unlink()
+    reading = read_coco.read(root, How())
+    assert split_counts(reading) == [0, 2, 0] and not [p for p in reading.problems if p.lost]
 
 
 def test_two_categories_of_one_name_stay_apart(tmp_path):
@@ -191,7 +221,7 @@ def test_one_picture_with_other_objects_each_time_is_said(tmp_path):
     content["annotations"][1]["bbox"] = [20, 20, 10, 10]
     (root / "annotations.json").write_text(json.dumps(content))
     found = findings(audited(root))
-    assert found["label_conflict"].count == 3 and "all copies kept" in found["label_conflict"].action
+    assert found["label_conflict"].count == 3 and "different objects" in found["label_conflict"].action
     content["annotations"][1]["bbox"] = [4, 4, 20, 20]
     (root / "annotations.json").write_text(json.dumps(content))
     assert "label_conflict" not in findings(audited(root))
@@ -285,7 +315,7 @@ def test_areas_count_as_the_annotations_state_them(tmp_path, task):
         }
     (root / "annotations.json").write_text(json.dumps(content))
     index = audited(root, task=task).index
-    meter, results, draws = DetectionMeter(1, masks=task == "segment"), [], np.random.default_rng(0)
+    meter, results, draws = DetectionMeter(1, masks=task == "segment", keep=True), [], np.random.default_rng(0)
     book = MaskBook(index)
     for row in range(len(index)):
         there = objects_of(index, row)
@@ -306,10 +336,8 @@ def test_areas_count_as_the_annotations_state_them(tmp_path, task):
             "bbox": [*found[:2], *(found[2:] - found[:2])],
         }
         if task == "segment":
-            whole = np.zeros((200, 200), bool)
-            whole[round(found[1]) : round(found[3]), round(found[0]) : round(found[2])] = True
             del one["bbox"]
-            one["segmentation"] = as_rle(cut_mask(whole), (200, 200))
+            one["segmentation"] = as_rle(meter.kept[-1][0], (200, 200))
             image |= {"width": 200, "height": 200}
         results.append(one)
     with contextlib.redirect_stdout(io.StringIO()):

@@ -115,10 +115,8 @@ def test_a_time_budget_follows_a_machine_that_slows_down(monkeypatch):
         progress.step, position = progress.step + 1, position + 1
         if progress.step == 300:
             seconds = 0.25  # the machine is shared from here on
-        if spent.is_due():
-            progress.schedule = fit_schedule(
-                progress, spent.steps_left(progress.step, STEPS), most_steps=10_000, decay=0.2
-            )
+        if spent.is_due(progress.step, STEPS) and (left := spent.steps_left(progress.step, STEPS)) is not None:
+            progress.schedule = fit_schedule(progress, left, most_steps=10_000, decay=0.2)
         if position == STEPS:
             now[0] += 1.0  # validation
             spent.end_epoch(1.0)

@@ -20,6 +20,7 @@ from goodfit.core.journal import Journal
 from goodfit.data.copy_paste import Drawn, around, chosen, partner_of, paste_objects
 from goodfit.data.objects import padded
 from goodfit.data.scenes import SCENE_PRESETS, Paste, ScenePreset, compose, cut_boxes, draw_scene
+from goodfit.runtime.images import ImageError
 from goodfit.runtime.letterbox import FILL, Letterbox
 
 LETTERBOX = Letterbox(width=128, height=96, interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
@@ -221,3 +222,12 @@ def test_a_segmenter_sees_pasted_objects_with_their_masks(tmp_path):
     boxes = more.data["boxes"][there]
     found = np.array([around(m.numpy()) for m in masks])
     assert np.abs(found - boxes.numpy()).max() <= 3.0
+
+
+def test_a_damaged_tiff_is_no_picture():
+    data = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (120, 160, 3)).astype(np.uint8)).save(
+        data, "TIFF", compression="tiff_lzw"
+    )
+    with pytest.raises(ImageError):
+        LETTERBOX.read(data.getvalue()[: len(data.getvalue()) // 2] + bytes(2000))

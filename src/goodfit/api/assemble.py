@@ -193,7 +193,8 @@ def fit_settings(plan: Plan) -> FitSettings:
     """What may stop training or change it."""
     monitor, maximise = read_monitor(plan.monitor.value)
     return FitSettings(patience=plan.patience.value, min_delta=plan.min_delta.value, monitor=monitor, maximise=maximise,
-                       most_epochs=plan.most_epochs.value, decay=plan.decay.value, close=plan.close_augment.value)  # fmt: skip
+                       most_epochs=plan.most_epochs.value, decay=plan.decay.value, close=plan.close_augment.value,
+                       warmup=plan.warmup.value)  # fmt: skip
 
 
 def train_samples(plan: Plan, index: DatasetIndex, task: ClassifyTask, store: PictureStore) -> TrainSamples:

@@ -17,7 +17,7 @@ from goodfit.core.lock import run_lock
 from goodfit.core.safeio import storage_errors, write_json
 from goodfit.engine.checkpoint import Checkpoints, Snapshot, restore, take_snapshot
 from goodfit.engine.policy import COOL_DOWN, EXTENSION, lengthened
-from goodfit.engine.schedule import Schedule
+from goodfit.engine.schedule import CYCLIC, Schedule
 from goodfit.watch.terminal import Terminal
 
 OUTCOME = ("result.json", "test.json", "report.html", "bundle")  # of a segment, kept in segments/N/
@@ -99,6 +99,9 @@ def _branch(checkpoints: Checkpoints, last: Snapshot, parts: ImageParts, epochs:
     progress.segment, progress.branch, progress.schedule = before["segment"] + 1, EXTENSION, schedule
     progress.best, progress.skipped = before["best"], before["skipped"]
     progress.bad_epochs, progress.finished, progress.ended, progress.seconds = 0, False, "", 0.0
+    progress.without_patience = True  # from the same state it would be spent on the same epochs again
+    if schedule.begin:  # the rate had fallen: what it rises to again cannot be compared with what it had fallen to
+        progress.reference, progress.counted, progress.losses = None, None, []
     checkpoints.save(take_snapshot(parts.state))
     return text
 
@@ -123,9 +126,11 @@ def _start(checkpoints: Checkpoints, last: Snapshot, parts: ImageParts, epochs: 
     step = int(progress["step"])
     warm = min(step + WARMUP_EPOCHS * parts.train.steps_per_epoch, total)
     falls = max(warm, total - round(plan.decay.value * total))
-    again = Schedule(
-        kind="wsd", begin=step, warmup_steps=warm, stable_until=falls, total_steps=total, lrf=plan.lrf.value
-    )
+    closing = total - round(plan.close_augment.value * total) if plan.close_augment.value else -1
+    again = Schedule(kind="wsd", begin=step, warmup_steps=warm, stable_until=falls, total_steps=total, closing_from=closing,
+                     lrf=0.0 if plan.schedule.value in CYCLIC else plan.lrf.value)  # fmt: skip
+    if plan.swa.value:
+        again = again.averaging(round(plan.swa.value * epochs) * parts.train.steps_per_epoch)
     return last, again, "the rate had fallen: from the end, with a warm-up of an epoch, then stable, then its decay"
 
 

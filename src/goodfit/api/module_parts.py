@@ -192,7 +192,7 @@ def assemble_module(
     copied = device.place(copy.deepcopy(module)).train()
     state = initial_state(plan, copied, module_optimizer(copied, plan), device, train.steps_per_epoch)
     compile_in_place(state.model, plan.compile.value)
-    context = StepContext(task, NoTransform(), device, ranks, plan.seed.value, plan.clip.value)
+    context = StepContext(task, NoTransform(), device, ranks, plan.seed.value, plan.clip.value, plan.clip_value.value)
     text = " ".join(str(digests[name]["sha256"]) for name in sorted(digests))
     return ModuleParts(plan=plan, context=context, train=train, val=reader_of(plan, splits.val), state=state,
                        settings=fit_settings(plan), task=task, splits=splits,

@@ -126,10 +126,10 @@ def read_and_audit(request: TrainRequest, journal: Journal, base: Plan | None = 
             audit = audit_dataset(reading, max_bad=decided.max_bad.value, progress=progress)
         index = split_dataset(audit.index, shares=decided.split.value, split_seed=decided.split_seed.value, given=given)
         absent = check_splits(index)
-        _refuse_without_objects(audit, index)
         audit = replace(audit, findings=merged([*audit.findings, *_absent(absent), *_compare(request, audit)]))
         for finding in audit.findings:
             journal.emit("finding", **finding.to_dict())
+        _refuse_without_objects(audit, index)
         counts = " · ".join(f"{s} {len(index.rows(s)):,}" for s in SPLITS)
         found = f"{len(audit.findings)} findings" if audit.findings else "nothing found"
         note.text = f"every {'file decoded' if audit.scan is not None else 'text read'}: {found}; {counts}, test sealed"
@@ -168,7 +168,7 @@ def _refuse_without_objects(audit: Audit, index: DatasetIndex) -> None:
     bad = [f for f in audit.findings if f.kind in ("bad_box", "bad_mask")]
     why = f": {bad[0].count:,} were dropped, the first is {bad[0].items[0]}" if bad else ""
     raise DataError(f"No picture of the training split has an object that can be learned{why}", where=str(index.root), kept="no file was changed",
-                    next="mend the annotations; goodfit audit shows what was dropped")  # fmt: skip
+                    next="mend the annotations; the findings above say what was dropped")  # fmt: skip
 
 
 def _compare(request: TrainRequest, audit: Audit) -> list[Finding]:

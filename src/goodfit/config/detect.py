@@ -139,6 +139,7 @@ def resolve_detect(
     batch, accumulate = _batch(choose, facts)
     recipe = choose_recipe(choose, facts, batch.value)
     if split_model(decided["model"].value)[0] == "detr":
+        _refuse_layers(recipe)
         recipe |= _attentive(choose.unless_changed("optimizer"), facts, batch.value, recipe)
     epochs = recipe["epochs"].value
     sizes = choose_sizes(choose, facts.model, imgsz.value, epochs)
@@ -174,6 +175,16 @@ def resolve_detect(
         **{name: Decision(value, "means nothing for a detector", "rule") for name, value in NEUTRAL.items()},
         measured=facts.measured if base is None else base.measured,
     )
+
+
+def _refuse_layers(recipe: dict[str, Decision[Any]]) -> None:
+    """The library does not say which layer of its networks comes after which."""
+    asked = [f"layer_decay={recipe['layer_decay'].value:g}"] if recipe["layer_decay"].value < 1 else []
+    asked += [f"freeze={recipe['freeze'].value}"] if recipe["freeze"].value.isdigit() else []
+    asked += ["unfreeze=gradual"] if recipe["unfreeze"].value == "gradual" else []
+    if asked:
+        raise RequestError(f"{' and '.join(asked)}: this is not done for detectors of transformers, whose layers have no known order.",
+                           where=f"{asked[0].partition('=')[0]}=", next="leave it out; freeze=all-but-head and patterns of names are done")  # fmt: skip
 
 
 def _attentive(choose: Chooser, facts: Facts, batch: int, recipe: dict[str, Decision[Any]]) -> dict[str, Decision[Any]]:
@@ -256,7 +267,7 @@ def _architecture(choose: Chooser, machine: MachineFacts, side: float, family: s
         value |= (
             {"sampled": 512, "points": 2, "proposals": 1000}
             if large
-            else {"sampled": SAMPLED, "points": 1, "proposals": 200}
+            else {"sampled": SAMPLED, "points": 1, "proposals": 500}
         )
     value["levels"] = max(3, min(value["levels"], int(math.log2(max(8.0, side / 2) / 8)) + 1))
     reason = (

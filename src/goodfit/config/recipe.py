@@ -15,7 +15,7 @@ from goodfit.config.execution import BATCH
 from goodfit.config.facts import Facts
 from goodfit.config.measured import Measured
 from goodfit.config.plan import Decision
-from goodfit.config.schedules import choose_schedule, outlast_a_cycle
+from goodfit.config.schedules import PLANNED, choose_schedule, outlast_a_cycle
 from goodfit.core.errors import RequestError
 
 # At batch 64. RMSprop does not correct the bias of its average, so its first updates are ten times the rate: less than
@@ -51,6 +51,8 @@ def choose_recipe(choose: Chooser, facts: Facts, batch: int) -> dict[str, Decisi
     head_lr = _known_head(choose, facts, lr, head_lr)
     lengths = _lengths(choose)
     steps_per_epoch = max(1, facts.data.num_train // batch)
+    if lengths["time"].value and lengths["epochs"].source != "asked":
+        _refuse_lengths(choose)
     decayed = optimizer.value in DECOUPLED
     patience = choose("patience", 50, "the guides' default; warm-up is not counted")
     schedule = choose_schedule(choose, lengths["epochs"].value, steps_per_epoch, patience.value)
@@ -70,7 +72,7 @@ def choose_recipe(choose: Chooser, facts: Facts, batch: int) -> dict[str, Decisi
                        "single elements are limited instead" if clip_value.value else
                        "a guard against rare large gradients"),
         "clip_value": clip_value,
-        **_averages(choose, lengths["epochs"].value, schedule),
+        **_averages(choose, lengths, schedule),
         "patience": outlast_a_cycle(patience, schedule),
         "min_delta": choose("min_delta", 0.001, "the guides' default, relative"),
     }  # fmt: skip
@@ -107,12 +109,37 @@ def _lengths(choose: Chooser) -> dict[str, Decision[Any]]:
     return {"epochs": epochs, "most_epochs": most, "time": choose("time", 0.0, "no limit was asked for")}
 
 
-def _averages(choose: Chooser, epochs: int, schedule: dict[str, Decision[Any]]) -> dict[str, Decision[Any]]:
+def _refuse_lengths(choose: Chooser) -> None:
+    """Refuse what is planned over a number of epochs that nobody knows: a time alone was asked for.
+
+    Raises:
+        RequestError: something of that kind was asked for.
+    """
+    asked = choose.request
+    decision = choose("schedule", "wsd", "")
+    found = []
+    if decision.value in PLANNED:
+        found.append(f"schedule={decision.value}")
+    if asked.progressive is not None and asked.progressive < 1:
+        found.append(f"progressive={asked.progressive:g}")
+    if asked.unfreeze is not None and asked.unfreeze.strip().lower() not in ("never", "gradual"):
+        found.append(f"unfreeze={asked.unfreeze}")
+    if isinstance(asked.decay, str) and not asked.decay.endswith("%"):
+        found.append(f"decay={asked.decay}")
+    if found:
+        raise RequestError(f"{' and '.join(found)}: planned over the run's epochs, and with time= alone nobody knows how many there will be.",
+                           where=f"{found[0].partition('=')[0]}=", next="say epochs= too, as many as fit into the time, or leave it out")  # fmt: skip
+
+
+def _averages(
+    choose: Chooser, lengths: dict[str, Decision[Any]], schedule: dict[str, Decision[Any]]
+) -> dict[str, Decision[Any]]:
     """The moving average of the weights, and stochastic weight averaging over the last part of the run.
 
     Raises:
         RequestError: the part is too short to average over, reaches into the warm-up, or meets a decay that was asked for.
     """
+    epochs = lengths["epochs"].value
     ema = choose("ema", True, "the average of the last steps validates better than the last step")
     swa = choose("swa", 0.0, "the moving average does the same")
     if not swa.value:
@@ -125,7 +152,7 @@ def _averages(choose: Chooser, epochs: int, schedule: dict[str, Decision[Any]]) 
         problem = f"{swa.value:g} of {epochs} epochs is {length}, and an average needs {SWA_EPOCHS}"
     elif epochs - length < schedule["warmup"].value:
         problem = f"its {length} epochs would begin before the warm-up of {schedule['warmup'].value:g} has ended"
-    elif choose.request.time is not None:
+    elif lengths["time"].value:
         problem = "a time budget moves the end of the run, before which it would begin"
     elif asked:
         problem = f"the average takes the place of wsd's decay, so {asked[0]}= cannot be used"

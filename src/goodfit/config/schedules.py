@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,16 @@ USES = {
     "exp-range": ("period", "gamma", "lrf"), "restarts": ("period", "lrf"),
 }  # fmt: skip
 CYCLES = {"triangular": 2, "triangular2": 2, "exp-range": 2, "restarts": 1}  # periods of a whole cycle
+PLANNED = (
+    "step",
+    "multistep",
+    "exponential",
+    "onecycle",
+    "triangular",
+    "triangular2",
+    "exp-range",
+    "restarts",
+)  # over the run's epochs
 CYCLE_EPOCHS = 10  # Smith 2017: half a cycle of 2 to 10 epochs
 END = 0.01  # of the peak, at which exponential ends
 
@@ -39,9 +50,10 @@ def choose_schedule(choose: Chooser, epochs: int, steps_per_epoch: int, patience
     kind = schedule.value
     _refuse_unused(choose.request, kind)
     own = choose.unless_changed("schedule")
+    scaled = _unless_longer(choose, own)
 
     def length(name: str, rule: float, reason: str) -> Decision[Any]:
-        found: Decision[Any] = own(name, rule, reason)
+        found: Decision[Any] = scaled(name)(name, rule, reason)
         return replace(found, value=_in_epochs(found.value)) if isinstance(found.value, str) else found
 
     def _in_epochs(text: str) -> float:
@@ -53,15 +65,24 @@ def choose_schedule(choose: Chooser, epochs: int, steps_per_epoch: int, patience
     decay = own("decay", DECAY, "the last fifth" if kind == "wsd" else f"{kind} has none")
     if isinstance(decay.value, str):
         decay = replace(decay, value=min(1.0, _in_epochs(decay.value) / epochs))
-    milestones: Decision[Any] = own("milestones", *_milestones(kind, epochs))
+    milestones: Decision[Any] = scaled("milestones")("milestones", *_milestones(kind, epochs))
     if isinstance(milestones.value, str):
         milestones = replace(milestones, value=[_in_epochs(part) for part in milestones.value.split(",")])
+    if milestones.source == "asked":
         _check_milestones(milestones.value, warmup.value, epochs)
     period = length("period", *_period(kind, epochs, warmup.value, patience))
     if choose.request.period is not None and period.value <= 0:
         raise RequestError("period=0 is no length.", where="period=", next="use an epoch or more, as period=10")
     return {"schedule": schedule, "warmup": warmup, "decay": decay, "milestones": milestones, "period": period,
-            **_factors(own, kind, epochs - warmup.value)}  # fmt: skip
+            **_factors(scaled, kind, epochs - warmup.value)}  # fmt: skip
+
+
+def _unless_longer(choose: Chooser, own: Chooser) -> Callable[[str], Chooser]:
+    """Who decides a length or what belongs to one: not the earlier plan, where it was its rule for another number of epochs."""
+    base, epochs = own.base, choose.request.epochs
+    if base is None or epochs is None or epochs == base.epochs.value:
+        return lambda _: own
+    return lambda name: own if getattr(base, name).source == "asked" else Chooser(choose.request, None)
 
 
 def outlast_a_cycle(patience: Decision[int], schedule: dict[str, Decision[Any]]) -> Decision[int]:
@@ -124,17 +145,18 @@ def _period(kind: str, epochs: int, warmup: float, patience: int) -> tuple[float
     return 0.0, f"{kind} has none"
 
 
-def _factors(choose: Chooser, kind: str, epochs: float) -> dict[str, Decision[Any]]:
-    """`gamma` and `lrf`; `epochs` are those after warm-up."""
+def _factors(of: Callable[[str], Chooser], kind: str, epochs: float) -> dict[str, Decision[Any]]:
+    """`gamma` and `lrf`; `epochs` are those after warm-up, `of` says who decides what."""
+    request = of("gamma").request
     if kind == "exponential":
-        if choose.request.gamma is not None:
-            gamma = choose("gamma", 0.0, "")
+        if request.gamma is not None:
+            gamma = of("gamma")("gamma", 0.0, "")
             return {"gamma": gamma, "lrf": Decision(float(gamma.value**epochs), "what gamma leaves at the end", "rule")}
-        lrf = choose("lrf", END, "a hundredth of the peak: it never reaches zero")
+        lrf = of("lrf")("lrf", END, "a hundredth of the peak: it never reaches zero")
         if lrf.value <= 0:
             raise RequestError("exponential never reaches zero.", where="lrf=", next="use lrf=0.01, or schedule=linear")
         rule = float(f"{lrf.value ** (1 / epochs):.6g}"), "of each epoch, so that the run ends at lrf"
-        return {"gamma": choose("gamma", *rule) if choose.request.lrf is None else Decision(*rule, "rule"), "lrf": lrf}
+        return {"gamma": of("gamma")("gamma", *rule) if request.lrf is None else Decision(*rule, "rule"), "lrf": lrf}
     gammas = {
         "exp-range": (float(f"{0.1 ** (1 / epochs):.6g}"), "of each epoch: the height of cycles falls to a tenth"),
         **dict.fromkeys(("step", "multistep", "plateau"), (0.1, "the usual factor of a fall")),
@@ -145,5 +167,5 @@ def _factors(choose: Chooser, kind: str, epochs: float) -> dict[str, Decision[An
         **dict.fromkeys(("wsd", "cosine", "linear", "restarts"), (0.0, "decay to zero")),
         "plateau": (0.0, "no lower limit"),
     }  # fmt: skip
-    return {"gamma": choose("gamma", *gammas.get(kind, (1.0, f"{kind} has none"))),
-            "lrf": choose("lrf", *lrfs.get(kind, (0.0, f"{kind} has none")))}  # fmt: skip
+    return {"gamma": of("gamma")("gamma", *gammas.get(kind, (1.0, f"{kind} has none"))),
+            "lrf": of("lrf")("lrf", *lrfs.get(kind, (0.0, f"{kind} has none")))}  # fmt: skip

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from goodfit.core.safeio import storage_errors
+from goodfit.core.safeio import as_json, storage_errors
 
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
@@ -60,7 +59,7 @@ class Journal:
     def emit(self, event: str, **fields: Any) -> None:
         """Record one event. Floats that are not finite are written as text ("nan", "inf"), so that lines stay JSON."""
         record = {"event": event, "time": round(time.time(), 3), "segment": self.segment, "step": self.step}
-        record.update(_finite(fields))
+        record.update(as_json(fields))
         line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "surrogateescape")
         if self._descriptor is None:
             self._waiting.append(line)
@@ -78,16 +77,6 @@ class Journal:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return value
 
 
 def read_lines(path: Path) -> Iterator[Event]:

@@ -83,13 +83,13 @@ class ImageBatchTransform:
         if not self.channels_last:
             values = images.contiguous().to(torch.float32).flatten(2)
             if factors is not None:
-                values = _recoloured(values, torch.from_numpy(factors).to(images.device))
+                values = _recoloured(values, _sent(factors, images.device))
             return torch.addcmul(shift.view(3, 1), values, scale.view(3, 1), out=values).view(images.shape)
         if factors is None:
             values = images.permute(0, 2, 3, 1).to(torch.float32, memory_format=torch.contiguous_format)
         else:
             planes = images.contiguous().to(torch.float32).flatten(2)
-            made = _recoloured(planes, torch.from_numpy(factors).to(images.device))
+            made = _recoloured(planes, _sent(factors, images.device))
             values = planes.view(num, height, width, 3).copy_(made.view(images.shape).permute(0, 2, 3, 1))
         rows = values.view(-1, width * 3)
         torch.addcmul(shift.repeat(width), rows, scale.repeat(width), out=rows)
@@ -108,7 +108,7 @@ class ImageBatchTransform:
 
     def _mix(self, batch: dict[str, Any], key: tuple[int, int, int, int]) -> None:
         images, targets = batch["image"], batch["target"]
-        partner = torch.from_numpy(permutation(len(images), _MIX, *key)).to(images.device)
+        partner = _sent(permutation(len(images), _MIX, *key), images.device)
         coin, corner_x, corner_y = (float(v) for v in uniform(_MIX, *key, 1, np.arange(3)))
         use_cutmix = self.cutmix > 0 and (self.mixup == 0 or coin < 0.5)
         alpha = self.cutmix if use_cutmix else self.mixup
@@ -161,3 +161,9 @@ def _recoloured(planes: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     centre = brightness * (planes.mean(dim=2) @ luma).view(-1, 1, 1)
     offset = ((1 - contrast) * centre).expand(-1, 3, 1)
     return torch.baddbmm(offset, matrix, planes).clamp_(0, 255)
+
+
+def _sent(values: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """An array on the device. From ordinary memory a copy to a GPU waits for all that was queued before it."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from goodfit.core.errors import DataError
 from goodfit.data.columns import MASK_FILE, POLYGONS
 from goodfit.data.index import DatasetIndex
 from goodfit.data.masks import cut_polygons, draw_mask
@@ -82,9 +83,12 @@ class MaskBook:
             if kind == POLYGONS:
                 return cut_polygons(objects.masks[number], (width, height), scale)
             return cut_mask(draw_mask(kind, objects.masks[number], size=(width, height), root=self._index.root))
-        except ValueError:
+        except ValueError as error:
             if kind == MASK_FILE:  # as a run begun by an earlier version has it: a box in its place would be learned
-                raise
+                name = objects.masks[number].decode("utf-8", "surrogateescape")
+                raise DataError(
+                    f"Mask file {name}: {error}", where=str(self._index.root), next="put it back"
+                ) from error
             left, top, right, bottom = (
                 (objects.boxes[number].astype(np.float64) * np.tile(scale, 2)).round().astype(int).clip(0).tolist()
             )

@@ -11,6 +11,8 @@ from goodfit.engine.state import Progress
 CHECK_SHARE = 0.01  # of the budget between two looks at the clock, within an epoch ...
 CHECK_SECONDS = (0.5, 30.0)  # ... but within these
 SLACK = 0.01  # of the steps left, by which an estimate may move without a new schedule
+FEW_STEPS = 4
+COOL_DOWN_SHARE = 0.2  # of a run, over which a schedule is cooled down that cannot be stretched
 WARMUP_SHARE = 0.05  # of the run that warm-up may take, where the budget turns out short
 STRETCHED = ("wsd", "cosine", "linear")  # schedules that can be fitted to another length on the way
 
@@ -32,8 +34,9 @@ class TimeBudget:
     reserve: float = 0.0
     rest_seconds: float = 0.0
     began: float = field(default_factory=time.monotonic)
-    _looked: float = 0.0
+    _looked: float = field(default_factory=time.monotonic)
     _mark: tuple[float, int] | None = None
+    _start: tuple[float, int] = (0.0, 0)
     _step_seconds: float = 0.0
 
     def spent(self) -> float:
@@ -45,17 +48,23 @@ class TimeBudget:
         return self.seconds - self.reserve - self.spent()
 
     def begin_epoch(self, step: int) -> None:
-        """Steps are timed from here; what passed since the epoch before ended was not theirs."""
-        self._mark = time.monotonic(), step
+        """What passed since the epoch before ended was not its steps'."""
+        self._mark, self._start = None, (time.monotonic(), step)
 
     def end_epoch(self, rest_seconds: float) -> None:
         """Take note of what an epoch took beside its steps."""
         self.rest_seconds = 0.5 * (self.rest_seconds + rest_seconds) if self.rest_seconds else rest_seconds
 
-    def is_due(self) -> bool:
-        """Whether it is time to look at the clock and the schedule again."""
+    def is_due(self, step: int, steps_per_epoch: int) -> bool:
+        """Whether it is time to look at the clock and the schedule again, after a step.
+
+        Steps are timed from the first one of an epoch on, which waits for loaders and compilers; from its start where it has few.
+        """
         low, high = CHECK_SECONDS
-        return time.monotonic() - self._looked >= min(high, max(low, CHECK_SHARE * self.seconds))
+        now = time.monotonic()
+        if self._mark is None:
+            self._mark = (now, step) if steps_per_epoch > FEW_STEPS else self._start
+        return now - self._looked >= min(high, max(low, CHECK_SHARE * self.seconds))
 
     def steps_left(self, step: int, steps_per_epoch: int) -> int | None:
         """Updates that fit into what is left, at the pace of the last ones; None before any was made."""
@@ -65,22 +74,25 @@ class TimeBudget:
             self._step_seconds = 0.5 * (self._step_seconds + latest) if self._step_seconds else latest
             self._mark = now, step
         if not self._step_seconds:
-            return None
+            return None if self.left() > 0 else 0
         left = self.left() - self.rest_seconds  # the last validation
         return max(0, int(left / (self._step_seconds + self.rest_seconds / steps_per_epoch)))
 
 
-def fit_schedule(progress: Progress, steps_left: int, *, most_steps: int, decay: float, close: float = 0.0) -> Schedule:
+def fit_schedule(
+    progress: Progress, steps_left: int, *, most_steps: int, decay: float, close: float = 0.0, warmup: int = 0
+) -> Schedule:
     """The schedule that ends when the time does, without a jump of the rate.
 
     Before the decay, decay and end move. Within it, what is done of it stays done: of a half-cosine over which 30 % has
     been covered, the other 70 % follow in the steps that are left. A schedule that cannot be stretched is left as it is
-    while there is time for it, and cooled down over the steps that are left where there is not.
+    while there is time for it, and cooled down over the last fifth of the steps where there is not.
 
     Args:
         most_steps: Never planned beyond; a cool-down is never made longer.
         decay, close: Shares of the run at its end over which wsd falls, and strong augmentation is off. Not those of the
             schedule as it is: an estimate that was far too short would leave its traces.
+        warmup: Its steps as they were planned, for the same reason; those of the schedule where it is 0.
     """
     schedule, step = progress.schedule, progress.step
     most = min(most_steps, schedule.total_steps) if progress.branch == "cool-down" else most_steps
@@ -90,7 +102,8 @@ def fit_schedule(progress: Progress, steps_left: int, *, most_steps: int, decay:
     if total == step:  # the time is over
         return replace(schedule, total_steps=total)
     if schedule.kind not in STRETCHED:
-        return schedule if total >= schedule.total_steps else schedule.cool_down(step, total - step)
+        late = step >= schedule.warmup_steps and total - step <= COOL_DOWN_SHARE * total
+        return schedule.cool_down(step, total - step) if late and total < schedule.total_steps else schedule
     closing = schedule.closing_from
     if closing > step:
         closing = max(step, total - round(close * total))
@@ -98,10 +111,10 @@ def fit_schedule(progress: Progress, steps_left: int, *, most_steps: int, decay:
         done = (step - schedule.stable_until) / max(1, schedule.total_steps - schedule.stable_until)
         begin = schedule.stable_until if done >= 1 else round((step - done * total) / (1 - done))
         return replace(schedule, total_steps=total, stable_until=begin, closing_from=closing)
-    warmup = schedule.warmup_steps
-    if step < warmup:
-        warmup = min(warmup, max(step + 1, round(WARMUP_SHARE * total)))
-    stable = warmup
+    rises = schedule.warmup_steps
+    if step < rises:
+        rises = min(warmup or rises, max(step + 1, round(WARMUP_SHARE * total)))
+    stable = rises
     if schedule.kind == "wsd":
-        stable = max(step, warmup, total - round(decay * total))
-    return replace(schedule, total_steps=total, warmup_steps=warmup, stable_until=stable, closing_from=closing)
+        stable = max(step, rises, total - round(decay * total))
+    return replace(schedule, total_steps=total, warmup_steps=rises, stable_until=stable, closing_from=closing)

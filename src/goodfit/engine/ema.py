@@ -20,7 +20,8 @@ def ema_decay(total_steps: int, steps_per_epoch: int) -> float:
 
 
 class Ema:
-    """A copy of a model whose weights follow the trained ones slowly; buffers of floats (batch-norm statistics) too.
+    """A copy of a model whose weights follow the trained ones slowly; buffers of floats (batch-norm statistics) too. Other buffers are
+    copied, and those that are not finite at the start: between two infinities of a mask lies no number.
 
     The decay of a step t is min(decay, (1 + t) / (10 + t)), so that the random start is soon forgotten. The average moves
     every `every` steps, by the decay of as many: ten times in a horizon, and at least every 16 steps.
@@ -30,6 +31,7 @@ class Ema:
         self.decay = decay
         self.every = min(MOST_STEPS, max(1, round(1 / (1 - decay) / UPDATES)))
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self._moves = [b.is_floating_point() and bool(torch.isfinite(b).all()) for b in model.buffers()]
 
     def update(self, model: nn.Module, step: int, bad: torch.Tensor, *, reads_are_free: bool) -> None:
         """Move towards the model's weights, except where `bad` (bool scalar on the device) is true."""
@@ -39,18 +41,17 @@ class Ema:
         if reads_are_free and bool(bad):
             return
         with torch.no_grad():
-            averages, values = _floats(self.model), _floats(model)
+            averages, values = self._floats(self.model), self._floats(model)
             if reads_are_free:
                 torch._foreach_lerp_(averages, values, share)
             else:  # the mask stays on the device: a skipped step moves nothing
                 steps = torch._foreach_sub(values, averages)
                 torch._foreach_mul_(steps, torch.where(bad, 0.0, share))
                 torch._foreach_add_(averages, steps)
-            for mine, other in zip(self.model.buffers(), model.buffers(), strict=True):
-                if not mine.is_floating_point():
+            for mine, other, moves in zip(self.model.buffers(), model.buffers(), self._moves, strict=True):
+                if not moves:
                     mine.copy_(other)
 
-
-def _floats(model: nn.Module) -> list[torch.Tensor]:
-    buffers = [b for b in model.buffers() if b.is_floating_point()]
-    return [p.detach() for p in model.parameters()] + buffers
+    def _floats(self, model: nn.Module) -> list[torch.Tensor]:
+        buffers = [b for b, moves in zip(model.buffers(), self._moves, strict=True) if moves]
+        return [p.detach() for p in model.parameters()] + buffers

@@ -22,7 +22,9 @@ def evaluate(
         The meter, merged over all processes; None if a stop was asked for half-way.
     """
     meter = task.meter()
-    was_training = model.training
+    modes = [
+        (module, module.training) for module in model.modules()
+    ]  # each has its own: frozen batch norms do not train
     model.eval()
     try:
         with eagerly(model), torch.inference_mode():
@@ -34,7 +36,8 @@ def evaluate(
                     outputs = task.predict(model, batch)
                 meter.update(outputs, batch)
     finally:
-        model.train(was_training)
+        for module, was in modes:
+            module.training = was
     if ranks.size > 1:
         meter.merge(ranks.gather(meter.state()))
     return meter

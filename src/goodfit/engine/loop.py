@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import closing
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -36,6 +37,7 @@ from goodfit.engine.stop import StopFlag
 from goodfit.engine.swa import average_weights
 
 MAX_BAD_STEPS = 20  # masked steps in a row that end the run
+NEVER_FINITE = 5  # validations without a finite loss, from the first on, that end the run
 EVENT_SECONDS = 0.5  # between two step events
 
 
@@ -54,6 +56,9 @@ def fit(
         StorageError: a checkpoint could not be written.
     """
     epoch = _Epoch(state, journal, clock := Clock(), settings.time)
+    settings = replace(settings, thawed=context.freezing.starts[-1])
+    if state.step and state.progress.position == 0:  # a kill between the two checkpoints of an extension
+        _go_on_longer(state, settings, checkpoints, journal, train, epoch)
     while not state.progress.finished:
         progress = state.progress
         progress.closing = progress.schedule.is_closing(progress.step - progress.position // train.batch)
@@ -148,11 +153,23 @@ def _go_on(
             raise TrainingError("No validation gave a finite loss.", kept="the last checkpoint",
                                 next="use precision=fp32, or a lower lr=")  # fmt: skip
         progress.finished, progress.ended = True, reason_of_end(progress, settings, train.steps_per_epoch)
+    elif progress.best is None and len(progress.losses) >= NEVER_FINITE:
+        raise TrainingError(f"None of {len(progress.losses)} validations gave a finite loss.", kept="the last checkpoint",
+                            next="use precision=fp32, or a lower lr=")  # fmt: skip
     elif is_plateau(progress, settings):
         _cool_down(state, checkpoints, journal, train)
         epoch.clock.spend("other")
         _save(state, checkpoints, epoch)  # a kill before it repeats the epoch, and branches again
-    elif why := reason_to_extend(progress, settings, train.steps_per_epoch):
+    else:
+        _go_on_longer(state, settings, checkpoints, journal, train, epoch)
+
+
+def _go_on_longer(
+    state: TrainState, settings: FitSettings, checkpoints: Checkpoints, journal: Journal, train: TrainingData,
+    epoch: _Epoch,
+) -> None:  # fmt: skip
+    """Extend a run that still improves and whose rate would fall in the next epoch."""
+    if why := reason_to_extend(state.progress, settings, train.steps_per_epoch):
         _extend(state, settings, checkpoints, journal, epoch, train, why)
         _save(state, checkpoints, epoch)
 
@@ -194,6 +211,7 @@ def _cool_down(state: TrainState, checkpoints: Checkpoints, journal: Journal, tr
     progress = state.progress  # of that state, but for what the run as a whole knows
     progress.segment, progress.skipped, progress.branches = last.segment, last.skipped, last.branches
     progress.best, progress.bad_epochs, progress.seconds = last.best, 0, last.seconds
+    progress.num_micro = max(progress.num_micro, last.num_micro)  # memory that ran out since would run out again
     schedule, epochs = cool_down(progress, train.steps_per_epoch)
     _branch(state, journal, place, schedule, why=COOL_DOWN, epochs=epochs,
             reason="no improvement: cool down from the best state")  # fmt: skip

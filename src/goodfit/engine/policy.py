@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from goodfit.engine.state import Progress
 
 COOL_DOWN_SHARE = 0.2  # of the steps done, when patience ends the stable rate
 LAST_PART = 0.25  # of the validations: a best within it says that training longer pays (Tuning Playbook: best in the last quarter)
+MISTAKEN = 0.25  # of the steps done: with time for so many more, the end that an estimate gave was none
 EXTENSION = "extension"
 COOL_DOWN = "cool-down"
 
@@ -32,6 +34,8 @@ class FitSettings:
         most_epochs: Up to which a run that still improves is extended, or a time budget reaches; not more than its
             schedule's: never.
         decay, close: Shares of a run that keeps to a time, over which the rate falls and strong augmentation is off.
+        warmup: Of such a run, as it was planned, epochs.
+        thawed: Step from which all trains that ever will: patience counts from there, as from the end of warm-up.
         time: When training must have ended; None is whenever its schedule does.
     """
 
@@ -42,6 +46,8 @@ class FitSettings:
     most_epochs: int = 0
     decay: float = 0.0
     close: float = 0.0
+    warmup: float = 0.0
+    thawed: int = 0
     time: TimeBudget | None = None
 
 
@@ -56,9 +62,11 @@ def take_note(progress: Progress, metrics: dict[str, float], settings: FitSettin
     """
     value, loss = metrics[settings.monitor], metrics["loss"]
     sign = 1 if settings.maximise else -1
-    progress.losses.append(loss)
+    progress.losses.append(loss if math.isfinite(loss) else sys.float_info.max)
     here = {"segment": progress.segment, "step": progress.step, "epoch": progress.epoch, "value": value, "loss": loss,
-            "metrics": metrics}  # fmt: skip
+            "metrics": {name: figure for name, figure in metrics.items() if math.isfinite(figure)}}  # fmt: skip
+    if progress.reference is not None and progress.reference["step"] <= settings.thawed < progress.step:
+        progress.reference = progress.counted = None  # what more of the network can do is compared with itself
 
     def better(than: dict[str, Any] | None) -> bool:
         if not (math.isfinite(value) and math.isfinite(loss)):
@@ -68,7 +76,7 @@ def take_note(progress: Progress, metrics: dict[str, float], settings: FitSettin
     counted = progress.counted
     gain = math.inf if counted is None else sign * (value - counted) - settings.min_delta * abs(counted)
     counts = gain > 0 and math.isfinite(value) and math.isfinite(loss)
-    waiting = progress.step > progress.schedule.warmup_steps
+    waiting = progress.step > max(progress.schedule.warmup_steps, settings.thawed)
     progress.bad_epochs = 0 if counts or not waiting else progress.bad_epochs + 1
     if counts:
         progress.counted = value
@@ -86,6 +94,7 @@ def is_plateau(progress: Progress, settings: FitSettings) -> bool:
     schedule = progress.schedule
     stable = schedule.is_stable(progress.step) and not schedule.is_averaging(progress.step)
     allowed = settings.patience > 0 and progress.branch != COOL_DOWN and progress.reference is not None
+    allowed = allowed and not progress.without_patience
     return allowed and stable and progress.bad_epochs >= settings.patience
 
 
@@ -131,15 +140,19 @@ def reason_of_end(progress: Progress, settings: FitSettings, steps_per_epoch: in
 def keep_to_time(progress: Progress, settings: FitSettings, steps_per_epoch: int, ranks: Ranks) -> None:
     """Fit the schedule to what is left of a time budget, now and then; all processes by the same number of steps."""
     budget = settings.time
-    if budget is None or not ranks.any(budget.is_due()):
+    if budget is None:
+        return
+    ends = progress.step >= progress.schedule.total_steps  # by an estimate, which may have been wrong by far
+    if not ranks.any(budget.is_due(progress.step, steps_per_epoch) or ends):
         return
     left = budget.steps_left(progress.step, steps_per_epoch)
-    if left is None:
+    if left is None or (ends and left < MISTAKEN * progress.step):
         return
     if ranks.size > 1:
         left = int(ranks.sum_(torch.tensor(float(left))) / ranks.size)
     progress.schedule = fit_schedule(progress, left, most_steps=settings.most_epochs * steps_per_epoch,
-                                     decay=settings.decay, close=settings.close)  # fmt: skip
+                                     decay=settings.decay, close=settings.close,
+                                     warmup=round(settings.warmup * steps_per_epoch))  # fmt: skip
 
 
 def lengthened(schedule: Schedule, total_steps: int) -> Schedule:

@@ -12,6 +12,7 @@ from torch import nn
 from goodfit.engine.ema import Ema
 from goodfit.engine.schedule import Schedule
 
+ADDED = ("without_patience",)  # fields of Progress that checkpoints of earlier versions lack
 GROWTH_STEPS = 2000  # good steps before an fp16 loss scale is doubled
 
 
@@ -40,6 +41,7 @@ class Progress:
         skipped: Steps whose update was masked, with the rows of their samples.
         bad_in_a_row: Masked steps since the last good one.
         num_averaged: Epochs whose weights are in the equal average; 0 before it begins.
+        without_patience: Whether a person extended the run, who asked for all of its epochs.
         finished: Whether training is over.
         ended: Why: "schedule", "cool-down", "time budget"; "" while it goes on.
     """
@@ -65,6 +67,7 @@ class Progress:
     skipped: list[dict[str, Any]] = field(default_factory=list)
     bad_in_a_row: int = 0
     num_averaged: int = 0
+    without_patience: bool = False
     finished: bool = False
     ended: str = ""
 
@@ -75,7 +78,11 @@ class Progress:
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> Progress:
         """The inverse of to_dict; raises KeyError or TypeError if it does not fit."""
-        known = {f.name: value[f.name] for f in fields(cls) if f.name != "schedule"}
+        known = {
+            f.name: value[f.name]
+            for f in fields(cls)
+            if f.name != "schedule" and (f.name in value or f.name not in ADDED)
+        }
         return cls(schedule=Schedule(**value["schedule"]), **known)
 
 

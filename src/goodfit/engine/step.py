@@ -118,12 +118,12 @@ class _TermSums:
         self._alone = alone
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, torch.Tensor] = {}
-        self._apart: dict[str, list[torch.Tensor]] = {}
+        self._apart: dict[str, list[torch.Tensor | None]] = {}
 
     def backward(self, terms: Terms) -> None:
         """Add the terms of one micro-batch and their gradients."""
         for name, (total, count) in terms.items():
-            number = torch.as_tensor(count, dtype=total.dtype, device=total.device)
+            number = _as_number(count, total)
             self._sums[name] = self._sums.get(name, 0) + total.detach()
             self._counts[name] = self._counts.get(name, 0) + number
         if self._alone:
@@ -137,10 +137,10 @@ class _TermSums:
             for number_left, (name, (total, _)) in zip(range(len(terms) - 1, -1, -1), terms.items(), strict=True):
                 made = torch.autograd.grad(total / self._num_samples * self._loss_scale, parameters,
                                            retain_graph=number_left > 0, allow_unused=True)  # fmt: skip
-                held = self._apart.setdefault(name, [torch.zeros_like(p) for p in parameters])
-                for mine, gradient in zip(held, made, strict=True):
-                    if gradient is not None:
-                        mine += gradient
+                held = self._apart.setdefault(name, [None] * len(parameters))
+                for place, gradient in enumerate(made):
+                    mine = held[place]
+                    held[place] = gradient if mine is None else mine if gradient is None else mine.add_(gradient)
 
     def _parameters(self) -> list[torch.nn.Parameter]:
         return [p for p in self._model.parameters() if p.requires_grad]
@@ -153,7 +153,11 @@ class _TermSums:
         if self._apart:
             weights = {name: self._num_samples / counts[name] for name in counts}
             for number, parameter in enumerate(self._parameters()):
-                parameter.grad = sum(self._apart[name][number] * weights[name] for name in counts)
+                parts = [g * weights[name] for name in counts if (g := self._apart[name][number]) is not None]
+                if parts:  # else it is no part of this loss, and the optimizer passes over it, as with one batch
+                    parameter.grad = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+                elif ranks.size > 1:  # another process may have one, and all must add up
+                    parameter.grad = torch.zeros_like(parameter)
         elif not self._alone:
             (count,) = counts.values()
             scale = scale * count / self._num_samples
@@ -162,6 +166,13 @@ class _TermSums:
                 if parameter.grad is not None:
                     ranks.sum_(parameter.grad)
         return loss, scale
+
+
+def _as_number(count: torch.Tensor | int, like: torch.Tensor) -> torch.Tensor:
+    """A count as a scalar of the terms' type on their device; a number is filled in there, where a copy would wait for the device."""
+    if isinstance(count, torch.Tensor):
+        return count.to(like)
+    return torch.full((), count, dtype=like.dtype, device=like.device)
 
 
 def _divisor(count: torch.Tensor) -> torch.Tensor:

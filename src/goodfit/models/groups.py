@@ -77,6 +77,11 @@ def layers_of(network: nn.Module) -> tuple[Layer, ...]:
 
 def _depths(network: nn.Module) -> dict[str, int]:
     """The number of each parameter's layer, by its name, from 0 at the input."""
+    inner = str(getattr(network, "backbone_at", ""))
+    if inner:  # a detector over a backbone: that one's layers, and after them all that is new
+        depths = {f"{inner}.{name}": depth for name, depth in _depths(network.get_submodule(inner)).items()}
+        last = max(depths.values(), default=0) + 1
+        return {name: depths.get(name, last) for name, _ in network.named_parameters()}
     matcher = getattr(network, "group_matcher", None)
     if matcher is not None:
         from timm.models import group_parameters
@@ -129,8 +134,9 @@ def parameter_groups(network: nn.Module, plan: Plan) -> list[ParameterGroup]:
 
 def _undecayed(network: nn.Module) -> set[str]:
     """Names of parameters that weight decay leaves alone."""
-    named: Any = getattr(network, "no_weight_decay", None)
-    patterns = list(named()) if callable(named) else []
+    inner = str(getattr(network, "backbone_at", ""))
+    named: Any = getattr(network.get_submodule(inner), "no_weight_decay", None)
+    patterns = [f"{inner}.{name}" if inner else name for name in named()] if callable(named) else []
     return {
         name
         for name, parameter in network.named_parameters()

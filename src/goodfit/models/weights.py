@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Sequence
@@ -246,9 +247,14 @@ def load_weights(network: nn.Module, path: Path, class_names: Sequence[str] = ()
         raise WeightsError(f"Not a safetensors file: {error}.", where=str(path)) from error
     resize = getattr(__import__(type(network).__module__, fromlist=["x"]), "checkpoint_filter_fn", None)
     own: Tensors = network.state_dict()
-    if resize is not None and any(k in own and own[k].shape != v.shape and "pos_embed" in k for k, v in found.items()):
-        found = resize(found, network)
     head = head_prefixes(network)
+    if resize is not None and any(
+        k in own and own[k].shape != v.shape and not k.startswith(head) for k, v in found.items()
+    ):
+        with contextlib.suppress(
+            Exception
+        ):  # positions of another image size, in timm's own words; else what does not fit is said below
+            found = resize(found, network)
     taken = {k: v for k, v in found.items() if k in own and own[k].shape == v.shape and not k.startswith(head)}
     problems = [
         f"{k}: " + ("missing" if k not in found else f"shape {tuple(found[k].shape)}, not {tuple(own[k].shape)}")

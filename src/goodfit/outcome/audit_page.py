@@ -33,7 +33,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "huge": ("Pictures too large to open safely", "Their headers announce more pixels than memory should be given."),
     "missing_image": ("Labels without a picture", "The data names a picture that is not there."),
     "missing_label": ("Samples without a label", "There is nothing to compare a prediction with."),
-    "label_conflict": ("One picture, two labels", "Equal copies carry different labels: at most one of them is right."),
+    "label_conflict": ("One picture, two labels", "Equal copies carry different labels, or objects: at most one of them is right."),
     "leak": ("The same picture in two splits",
              "What is tested must not have been seen in training, or the test result is too good."),
     "label_suspect": ("Labels that look wrong",

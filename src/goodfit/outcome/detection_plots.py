@@ -72,7 +72,7 @@ def plot_found(
         ratio = min(1.0, MOST_SIDE / max(picture.size))
         small = picture.resize(
             [max(1, round(s * ratio)) for s in picture.size], Image.Resampling.BILINEAR, reducing_gap=2.0
-        )  # type: ignore[arg-type]
+        )
         sure = np.flatnonzero(image.scores >= threshold)
         there = [book.get(row, int(n)) for n in objects_of(index, row).numbers] if book is not None else None
         found = [meter.kept[number][k] for k in sure] if book is not None else None
@@ -100,6 +100,7 @@ def plot_mistakes(
         ("missed", sorted(lost, reverse=True), True),
         ("false_alarms", sorted(wrong, reverse=True), False),
     ):
+        (folder / f"{name}.png").unlink(missing_ok=True)  # of the weights before an extension
         cuts, texts = [], []
         for value, n, k in chosen[:NUM_WORST]:
             box = images[n].true_boxes[k] if truth else images[n].boxes[k]

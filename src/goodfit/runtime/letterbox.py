@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from goodfit.core.errors import DataError
-from goodfit.runtime.images import RESAMPLING, decode_bytes, open_image, orientation, read_file
+from goodfit.runtime.images import RESAMPLING, decode_bytes, decoding_error, open_image, orientation, read_file
 
 FILL = 114  # grey of the bars, as in YOLO's letterbox
 KIND = "letterbox"  # `fit` of the description
@@ -132,9 +131,11 @@ class Letterbox:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height of an opened image as it will stand after its EXIF orientation, pixels."""
+    """Width and height of an opened image as it will stand after its EXIF orientation, pixels; ImageError for a damaged TIFF."""
     if image.format == "TIFF":  # Pillow turns these itself, while it loads them
-        with contextlib.suppress(Exception):  # damage is for whoever decodes
+        try:
             image.load()
+        except Exception as error:  # loaded again, a damaged one would pass for whole
+            raise decoding_error(error) from error
         return image.width, image.height
     return (image.height, image.width) if orientation(image.getexif) >= 5 else (image.width, image.height)

@@ -48,11 +48,12 @@ class ClassifyTask:
         logits = model(batch["image"]).float()
         target = batch["target"]
         if self.log_prior is not None:
-            logits = logits + self.log_prior.to(logits.device)
+            self.log_prior = self.log_prior.to(logits.device)  # once: each copy to a GPU waits for it
+            logits = logits + self.log_prior
         if self.class_weights is None:
             total = nn.functional.cross_entropy(logits, target, reduction="sum", label_smoothing=self.label_smoothing)
             return {"loss": (total, len(logits))}
-        weights = self.class_weights.to(logits.device)
+        weights = self.class_weights = self.class_weights.to(logits.device)
         if target.ndim == 1:
             target = nn.functional.one_hot(target, len(weights)).to(torch.float32)
         losses = -logits.log_softmax(dim=1)  # of each class that a sample may be of

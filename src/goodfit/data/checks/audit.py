@@ -110,7 +110,7 @@ def _gate(index: DatasetIndex, findings: Iterable[Finding], num_lost: int, num_e
     bad = [f for f in findings if f.severity != "info" and "left out" in f.action and f.kind != "leak"]
     lines = "; ".join(f"{f.count} {f.kind} (first: {f.items[0]})" for f in bad)
     if nothing_left:
-        raise DataError(f"None of {total} samples can be used: {lines}.", where=str(index.root), kept="no file was changed",
+        raise DataError(f"None of {total} samples can be used{f': {lines}' if lines else ''}.", where=str(index.root), kept="no file was changed",
                         next="mend them, or give other data")  # fmt: skip
     raise DataError(
         f"{num_bad} of {total} samples cannot be used, more than the limit of {max_bad:.1%}: {lines}.",

@@ -144,9 +144,10 @@ def _other_objects(index: DatasetIndex, exact: Ints) -> list[Finding]:
     bad = [rows for rows in _members(exact) if any(told(int(r)) != told(int(rows[0])) for r in rows[1:])]
     if not bad:
         return []
-    items = tuple(" = ".join(f"{index.name(int(r))} ({len(told(int(r)))} objects)" for r in rows) for rows in bad)
+    items = tuple(" = ".join(index.name(int(r)) for r in rows) + ": " + ", ".join(f"{len(told(int(r)))} objects" for r in rows)
+                  for rows in bad)  # fmt: skip
     return [Finding("label_conflict", "warning", sum(len(rows) for rows in bad), items,
-                    "one picture, different objects: all copies kept, in one split", "keep the copy with all of the objects")]  # fmt: skip
+                    "one picture, different objects: kept as it is, but for leaks", "keep the copy with all of the objects")]  # fmt: skip
 
 
 def _pairs(index: DatasetIndex, exact: Ints, near: list[tuple[int, int, float]]) -> list[Finding]:

@@ -192,6 +192,7 @@ class _Reader:
                 found.append((path, key))
         missing = self._by_tail(missing, places, found)
         if not found and last:  # all images are where those of another split would be
+            self.heads.clear()
             found = [(p, k) for k, n in missing if (p := self._find(n, last)) is not None]
             there = {k for _, k in found}
             missing = self._by_tail([(k, n) for k, n in missing if k not in there], last, found)
@@ -229,13 +230,17 @@ class _Reader:
         Returns:
             What is still missing.
         """
-        taken, left = {p for p, _ in found}, []
+        taken, left = {os.path.realpath(p) for p, _ in found}, []
         for key, name in missing:
             tail = name.replace("\\", "/").rpartition("/")[2]
-            there = {p for place in places if (p := self.listings.find(place, tail)) is not None}
-            if len(there) == 1 and not there & taken:
-                taken |= there
-                found.append((there.pop(), key))
+            there = {
+                os.path.realpath(p): p
+                for place in reversed(places)
+                if (p := self.listings.find(place, tail)) is not None
+            }
+            if len(there) == 1 and not there.keys() & taken:
+                taken |= there.keys()
+                found.append((next(iter(there.values())), key))
             else:
                 left.append((key, name))
         return left

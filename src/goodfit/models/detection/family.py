@@ -94,7 +94,9 @@ class OneStage(Family):
 def unmoved_random(device: torch.device) -> Iterator[None]:
     """The same random numbers each time, and the generators afterwards as they were: an evaluation is a function of the weights."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
+        if device.type == "cuda":
+            torch.cuda.manual_seed(0)
         yield
 
 

@@ -24,6 +24,7 @@ class FcosNetwork(nn.Module):
     """Images (N, 3, H, W) to `classes` (N, A, C), logits; `sides` (N, A, 4), distances in strides; `centre` (N, A), logits."""
 
     pretrained_cfg = {"classifier": ("pyramid.fpn", "pyramid.more", "head")}  # noqa: RUF012  what is new, in timm's words
+    backbone_at = "pyramid.body"
 
     def __init__(self, pyramid: Pyramid, *, num_classes: int, channels: int, num_convs: int) -> None:
         super().__init__()

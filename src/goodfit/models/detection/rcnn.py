@@ -28,6 +28,7 @@ class RcnnNetwork(nn.Module):
     """Both stages; what `forward` gives depends on what it is given, as in torchvision."""
 
     pretrained_cfg = {"classifier": ("pyramid.fpn", "pyramid.more", "rpn", "roi_heads")}  # noqa: RUF012  what is new
+    backbone_at = "pyramid.body"
 
     def __init__(
         self, pyramid: Pyramid, *, num_classes: int, channels: int, num_convs: int, sampled: int, points: int,

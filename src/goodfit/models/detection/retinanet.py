@@ -21,6 +21,7 @@ class RetinaNetwork(nn.Module):
     """Images (N, 3, H, W) to `classes` (N, A, C), logits, and `boxes` (N, A, 4), offsets from the anchors."""
 
     pretrained_cfg = {"classifier": ("pyramid.fpn", "pyramid.more", "head")}  # noqa: RUF012  what is new, in timm's words
+    backbone_at = "pyramid.body"
 
     def __init__(self, pyramid: Pyramid, *, num_classes: int, channels: int, num_convs: int) -> None:
         super().__init__()

@@ -26,6 +26,7 @@ class SsdliteNetwork(nn.Module):
     """Images (N, 3, H, W) to `cls_logits` (N, A, 1 + C), the first of which is background, and `bbox_regression` (N, A, 4)."""
 
     pretrained_cfg = {"classifier": ("pyramid.fpn", "pyramid.more", "head")}  # noqa: RUF012  what is new, in timm's words
+    backbone_at = "pyramid.body"
 
     def __init__(self, pyramid: Pyramid, *, num_classes: int, channels: int) -> None:
         super().__init__()
