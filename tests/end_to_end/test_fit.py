@@ -102,12 +102,12 @@ def test_elements_of_the_gradient_are_limited_where_that_is_asked_for(tmp_path):
                     weight_decay=0.0, ema=False, rehearse=False, measure=False, project=str(tmp_path), **asked)  # fmt: skip
         return max(float((a - b).abs().max()) for a, b in zip(module.parameters(), mlp().parameters(), strict=True))
 
-    assert moved(clip_value=1e-4) <= 5 * 0.1 * 1e-4 * 1.001 < 0.1 * moved()
+    assert moved(clip_value=1e-4) <= 5 * 0.1 * 1e-4 * 1.01 < 0.1 * moved()
 
 
 def test_a_figure_that_is_no_number_does_not_end_a_run(tmp_path):
     data = [vectors(n, seed) for n, seed in ((100, 0), (50, 1), (50, 2))]
-    run = goodfit.fit(mlp(), *data, loss=nn.functional.cross_entropy, metrics={"odd": lambda m, b: torch.full((len(b[0]),), float("nan")) + m(b[0])[:, 0]},
+    run = goodfit.fit(mlp(), *data, loss=nn.functional.cross_entropy, metrics={"odd": lambda output, target: output[:, 0] * float("nan")},
                       epochs=2, lr=0.01, rehearse=False, measure=False, project=str(tmp_path))  # fmt: skip
     assert run.result["status"] == "done" and run.metrics["val"]["loss"] > 0
 

@@ -11,6 +11,7 @@ from goodfit.api.assemble import ImageParts, execution
 from goodfit.api.folder import PLAN, Run, open_run
 from goodfit.api.train import recorded, reopen, resume
 from goodfit.config.plan import Decision
+from goodfit.config.recipe import SWA_EPOCHS
 from goodfit.core.errors import RequestError, StorageError
 from goodfit.core.journal import Journal
 from goodfit.core.lock import run_lock
@@ -99,6 +100,7 @@ def _branch(checkpoints: Checkpoints, last: Snapshot, parts: ImageParts, epochs:
     progress.segment, progress.branch, progress.schedule = before["segment"] + 1, EXTENSION, schedule
     progress.best, progress.skipped = before["best"], before["skipped"]
     progress.bad_epochs, progress.finished, progress.ended, progress.seconds = 0, False, "", 0.0
+    progress.num_averaged = 0
     progress.without_patience = True  # from the same state it would be spent on the same epochs again
     if schedule.begin:  # the rate had fallen: what it rises to again cannot be compared with what it had fallen to
         progress.reference, progress.counted, progress.losses = None, None, []
@@ -129,8 +131,9 @@ def _start(checkpoints: Checkpoints, last: Snapshot, parts: ImageParts, epochs: 
     closing = total - round(plan.close_augment.value * total) if plan.close_augment.value else -1
     again = Schedule(kind="wsd", begin=step, warmup_steps=warm, stable_until=falls, total_steps=total, closing_from=closing,
                      lrf=0.0 if plan.schedule.value in CYCLIC else plan.lrf.value)  # fmt: skip
-    if plan.swa.value:
-        again = again.averaging(round(plan.swa.value * epochs) * parts.train.steps_per_epoch)
+    averaged = min(round(plan.swa.value * epochs) * parts.train.steps_per_epoch, total - warm)
+    if averaged >= SWA_EPOCHS * parts.train.steps_per_epoch:  # after the warm-up, whose rate is none to hold
+        again = again.averaging(averaged)
     return last, again, "the rate had fallen: from the end, with a warm-up of an epoch, then stable, then its decay"
 
 

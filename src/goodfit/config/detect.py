@@ -139,7 +139,6 @@ def resolve_detect(
     batch, accumulate = _batch(choose, facts)
     recipe = choose_recipe(choose, facts, batch.value)
     if split_model(decided["model"].value)[0] == "detr":
-        _refuse_layers(recipe)
         recipe |= _attentive(choose.unless_changed("optimizer"), facts, batch.value, recipe)
     epochs = recipe["epochs"].value
     sizes = choose_sizes(choose, facts.model, imgsz.value, epochs)
@@ -190,6 +189,7 @@ def _refuse_layers(recipe: dict[str, Decision[Any]]) -> None:
 def _attentive(choose: Chooser, facts: Facts, batch: int, recipe: dict[str, Decision[Any]]) -> dict[str, Decision[Any]]:
     """Rates, decay and clipping of detectors of transformers, as their authors have them (RT-DETR: 1e-4 and a tenth of it for the
     backbone at batch 16, decay 1e-4, gradients' norm at most 0.1), by the square-root rule; of other optimizers than AdamW nothing."""
+    _refuse_layers(recipe)
     if recipe["optimizer"].value != "adamw":
         return {}
     peak = float(f"{1e-4 * math.sqrt(batch / 16):.3g}")

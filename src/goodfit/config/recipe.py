@@ -118,7 +118,8 @@ def _refuse_lengths(choose: Chooser) -> None:
     asked = choose.request
     decision = choose("schedule", "wsd", "")
     found = []
-    if decision.value in PLANNED:
+    own = asked.period or asked.milestones  # in epochs, whatever their number
+    if decision.value in PLANNED and not (isinstance(own, str) and "%" not in own):
         found.append(f"schedule={decision.value}")
     if asked.progressive is not None and asked.progressive < 1:
         found.append(f"progressive={asked.progressive:g}")

@@ -34,9 +34,10 @@ class TimeBudget:
     reserve: float = 0.0
     rest_seconds: float = 0.0
     began: float = field(default_factory=time.monotonic)
-    _looked: float = field(default_factory=time.monotonic)
+    _looked: float = field(default_factory=lambda: time.monotonic())
     _mark: tuple[float, int] | None = None
     _start: tuple[float, int] = (0.0, 0)
+    _wait: float | None = None
     _step_seconds: float = 0.0
 
     def spent(self) -> float:
@@ -52,7 +53,11 @@ class TimeBudget:
         self._mark, self._start = None, (time.monotonic(), step)
 
     def end_epoch(self, rest_seconds: float) -> None:
-        """Take note of what an epoch took beside its steps."""
+        """Take note of what an epoch took beside its steps; the wait for its first one belongs to it, but for the first epoch's, in which
+        kernels are compiled."""
+        if self._wait is not None:
+            rest_seconds += self._wait
+        self._wait = 0.0
         self.rest_seconds = 0.5 * (self.rest_seconds + rest_seconds) if self.rest_seconds else rest_seconds
 
     def is_due(self, step: int, steps_per_epoch: int) -> bool:
@@ -63,7 +68,12 @@ class TimeBudget:
         low, high = CHECK_SECONDS
         now = time.monotonic()
         if self._mark is None:
-            self._mark = (now, step) if steps_per_epoch > FEW_STEPS else self._start
+            few = steps_per_epoch <= FEW_STEPS
+            self._mark = self._start if few else (now, step)
+            if self._wait is not None and not few:
+                self._wait = now - self._start[0]
+        if step == self._mark[1]:
+            return False  # nothing is timed yet
         return now - self._looked >= min(high, max(low, CHECK_SHARE * self.seconds))
 
     def steps_left(self, step: int, steps_per_epoch: int) -> int | None:
@@ -102,12 +112,13 @@ def fit_schedule(
     if total == step:  # the time is over
         return replace(schedule, total_steps=total)
     if schedule.kind not in STRETCHED:
-        late = step >= schedule.warmup_steps and total - step <= COOL_DOWN_SHARE * total
+        late = total - step <= COOL_DOWN_SHARE * total
         return schedule.cool_down(step, total - step) if late and total < schedule.total_steps else schedule
+    mistaken = step >= schedule.total_steps  # an end that was none: as if it had never begun to end
     closing = schedule.closing_from
-    if closing > step:
+    if closing > step or (mistaken and closing >= 0):
         closing = max(step, total - round(close * total))
-    if step >= schedule.stable_until:  # in the decay
+    if step >= schedule.stable_until and not mistaken:  # in the decay
         done = (step - schedule.stable_until) / max(1, schedule.total_steps - schedule.stable_until)
         begin = schedule.stable_until if done >= 1 else round((step - done * total) / (1 - done))
         return replace(schedule, total_steps=total, stable_until=begin, closing_from=closing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from contextlib import closing
 from dataclasses import replace
@@ -56,9 +57,7 @@ def fit(
         StorageError: a checkpoint could not be written.
     """
     epoch = _Epoch(state, journal, clock := Clock(), settings.time)
-    settings = replace(settings, thawed=context.freezing.starts[-1])
-    if state.step and state.progress.position == 0:  # a kill between the two checkpoints of an extension
-        _go_on_longer(state, settings, checkpoints, journal, train, epoch)
+    settings = _enter(state, context, settings, checkpoints, journal, train, epoch)
     while not state.progress.finished:
         progress = state.progress
         progress.closing = progress.schedule.is_closing(progress.step - progress.position // train.batch)
@@ -104,6 +103,17 @@ def fit(
                      train=train, epoch=epoch)  # fmt: skip
         if not state.progress.finished and context.ranks.any(stop()):
             _save_and_stop(state, checkpoints, epoch, stop)
+
+
+def _enter(
+    state: TrainState, context: StepContext, settings: FitSettings, checkpoints: Checkpoints, journal: Journal,
+    train: TrainingData, epoch: _Epoch,
+) -> FitSettings:  # fmt: skip
+    """The settings with what the context knows; and an extension, where a kill came between its two checkpoints."""
+    settings = replace(settings, thawed=context.freezing.starts[-1])
+    if state.step and state.progress.position == 0 and not state.progress.finished:
+        _go_on_longer(state, settings, checkpoints, journal, train, epoch)
+    return settings
 
 
 def _close_epoch(
@@ -153,7 +163,7 @@ def _go_on(
             raise TrainingError("No validation gave a finite loss.", kept="the last checkpoint",
                                 next="use precision=fp32, or a lower lr=")  # fmt: skip
         progress.finished, progress.ended = True, reason_of_end(progress, settings, train.steps_per_epoch)
-    elif progress.best is None and len(progress.losses) >= NEVER_FINITE:
+    elif progress.best is None and len(progress.losses) >= NEVER_FINITE and min(progress.losses) == sys.float_info.max:
         raise TrainingError(f"None of {len(progress.losses)} validations gave a finite loss.", kept="the last checkpoint",
                             next="use precision=fp32, or a lower lr=")  # fmt: skip
     elif is_plateau(progress, settings):

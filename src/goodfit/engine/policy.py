@@ -146,10 +146,12 @@ def keep_to_time(progress: Progress, settings: FitSettings, steps_per_epoch: int
     if not ranks.any(budget.is_due(progress.step, steps_per_epoch) or ends):
         return
     left = budget.steps_left(progress.step, steps_per_epoch)
+    if ranks.size > 1:  # all processes decide alike
+        unknown = ranks.any(left is None)
+        mean = int(ranks.sum_(torch.tensor(float(left or 0))) / ranks.size)
+        left = None if unknown else mean
     if left is None or (ends and left < MISTAKEN * progress.step):
         return
-    if ranks.size > 1:
-        left = int(ranks.sum_(torch.tensor(float(left))) / ranks.size)
     progress.schedule = fit_schedule(progress, left, most_steps=settings.most_epochs * steps_per_epoch,
                                      decay=settings.decay, close=settings.close,
                                      warmup=round(settings.warmup * steps_per_epoch))  # fmt: skip

@@ -139,8 +139,8 @@ class _TermSums:
                                            retain_graph=number_left > 0, allow_unused=True)  # fmt: skip
                 held = self._apart.setdefault(name, [None] * len(parameters))
                 for place, gradient in enumerate(made):
-                    mine = held[place]
-                    held[place] = gradient if mine is None else mine if gradient is None else mine.add_(gradient)
+                    mine = held[place]  # never changed in place: what autograd returned may be shared
+                    held[place] = gradient if mine is None else mine if gradient is None else mine + gradient
 
     def _parameters(self) -> list[torch.nn.Parameter]:
         return [p for p in self._model.parameters() if p.requires_grad]

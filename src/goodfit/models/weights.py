@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -251,9 +252,11 @@ def load_weights(network: nn.Module, path: Path, class_names: Sequence[str] = ()
     if resize is not None and any(
         k in own and own[k].shape != v.shape and not k.startswith(head) for k, v in found.items()
     ):
-        with contextlib.suppress(
-            Exception
+        with (
+            contextlib.suppress(Exception),
+            warnings.catch_warnings(),
         ):  # positions of another image size, in timm's own words; else what does not fit is said below
+            warnings.simplefilter("ignore")
             found = resize(found, network)
     taken = {k: v for k, v in found.items() if k in own and own[k].shape == v.shape and not k.startswith(head)}
     problems = [
