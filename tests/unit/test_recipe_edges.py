@@ -320,7 +320,7 @@ def test_lengths_of_an_earlier_plan_are_those_of_its_epochs():
 
 
 def test_a_detector_has_the_layers_of_its_backbone():
-    network = make_network("fcos", "resnet18", num_classes=3, channels=16, convs=1, levels=3)
+    network = make_network("fcos", "resnet18", num_classes=3, channels=32, convs=1, levels=3)
     network.pyramid.prune()
     layers = layers_of(network)
     body, head = [x for x in layers if not x.head], [x for x in layers if x.head]

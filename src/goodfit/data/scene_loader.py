@@ -76,7 +76,7 @@ class SceneSamples:
             drawn = [
                 self._with_copies(preset, epoch, int(sample), made[k], drawn[k]) for k, sample in enumerate(samples)
             ]
-        targets = {"boxes": padded([d.boxes for d in drawn], 0.0, np.float32, width=(4,)),
+        targets: dict[str, Any] = {"boxes": padded([d.boxes for d in drawn], 0.0, np.float32, width=(4,)),
                    "classes": padded([d.classes for d in drawn], -1, np.int64)}  # fmt: skip
         if self.masks is not None:
             targets["masks"] = [
