@@ -273,9 +273,7 @@ def test_mask_files_are_read_once_and_then_part_of_the_data(tmp_path):
     (tmp_path / "s0" / "masks" / "m.png").unlink()
     book = MaskBook(replace(index, objects=objects))
     assert book.get(0, 0).area == 24 and book.get(1, 1).area == 30
-    with pytest.raises(
-        DataError, match=r"m\.png"
-    ):  # an index of an earlier version names files: no box in their place
+    with pytest.raises(DataError, match=r"m\.png"):  # an index of an earlier version names files: no box in their place
         MaskBook(index).get(0, 0)
 
 

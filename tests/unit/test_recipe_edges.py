@@ -143,7 +143,7 @@ class Meter:
 def test_a_run_that_never_validates_to_a_number_ends_early(tmp_path):
     state = state_of(Rising(), schedule=schedule_of(epochs=50))
     context = StepContext(Classes(), Identity(), CPU, Ranks(), 0, 1.0)
-    with pytest.raises(TrainingError, match="None of 5 validations"):
+    with pytest.raises(TrainingError, match="None of 10 validations"):
         fit(
             state,
             context,
@@ -154,7 +154,7 @@ def test_a_run_that_never_validates_to_a_number_ends_early(tmp_path):
             journal=Journal(None),
             stop=StopFlag(),
         )
-    assert state.progress.epoch == 5
+    assert state.progress.epoch == 10
 
 
 # what does not train

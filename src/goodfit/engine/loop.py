@@ -38,7 +38,7 @@ from goodfit.engine.stop import StopFlag
 from goodfit.engine.swa import average_weights
 
 MAX_BAD_STEPS = 20  # masked steps in a row that end the run
-NEVER_FINITE = 5  # validations without a finite loss, from the first on, that end the run
+NEVER_FINITE = 10  # validations without a finite loss, from the first on, that end the run
 EVENT_SECONDS = 0.5  # between two step events
 
 
@@ -56,8 +56,7 @@ def fit(
         OutOfMemory: the smallest micro-batch does not fit.
         StorageError: a checkpoint could not be written.
     """
-    epoch = _Epoch(state, journal, clock := Clock(), settings.time)
-    settings = _enter(state, context, settings, checkpoints, journal, train, epoch)
+    epoch, clock, settings = _enter(state, context, settings, checkpoints, journal, train)
     while not state.progress.finished:
         progress = state.progress
         progress.closing = progress.schedule.is_closing(progress.step - progress.position // train.batch)
@@ -107,13 +106,15 @@ def fit(
 
 def _enter(
     state: TrainState, context: StepContext, settings: FitSettings, checkpoints: Checkpoints, journal: Journal,
-    train: TrainingData, epoch: _Epoch,
-) -> FitSettings:  # fmt: skip
-    """The settings with what the context knows; and an extension, where a kill came between its two checkpoints."""
+    train: TrainingData,
+) -> tuple[_Epoch, Clock, FitSettings]:  # fmt: skip
+    """The clock and records, and the settings with what the context knows; an extension is made where a kill came between its two
+    checkpoints."""
+    epoch = _Epoch(state, journal, Clock(), settings.time)
     settings = replace(settings, thawed=context.freezing.starts[-1])
     if state.step and state.progress.position == 0 and not state.progress.finished:
         _go_on_longer(state, settings, checkpoints, journal, train, epoch)
-    return settings
+    return epoch, epoch.clock, settings
 
 
 def _close_epoch(
