@@ -332,3 +332,6 @@ def test_a_detector_of_transformers_goes_from_its_folder_to_a_bundle(scenes, tmp
     assert plan.model.value == made.plan.model.value and plan.weights.value.endswith("bundle/model.safetensors")
     parts = assemble_detector(plan, audited.index)
     assert parts.weights is not None and len(parts.weights.known) == 10
+    for asked in ({"layer_decay": 0.5}, {"freeze": "3"}, {"unfreeze": "gradual"}):
+        with pytest.raises(RequestError, match="no known order"):
+            decide(replace(request, **asked), audited, Journal(None))

@@ -19,11 +19,11 @@ from goodfit.core.journal import Journal
 from goodfit.core.safeio import read_json, write_json
 from goodfit.engine import budget
 from goodfit.engine.budget import TimeBudget, fit_schedule
-from goodfit.engine.checkpoint import Checkpoints
+from goodfit.engine.checkpoint import Checkpoints, restore
 from goodfit.engine.device import DevicePolicy
 from goodfit.engine.ema import Ema
 from goodfit.engine.evaluate import evaluate
-from goodfit.engine.loop import fit
+from goodfit.engine.loop import _cool_down, fit
 from goodfit.engine.optimizer import build_optimizer
 from goodfit.engine.policy import FitSettings, is_plateau, keep_to_time, take_note
 from goodfit.engine.ranks import Ranks
@@ -351,3 +351,62 @@ def test_positions_of_another_image_size_are_resized_whatever_their_name(tmp_pat
     assert torch.equal(large.blocks[0].mlp.fc1.weight, small.blocks[0].mlp.fc1.weight)
     table = "blocks.0.attn.relative_position_bias_table"
     assert large.state_dict()[table].shape != small.state_dict()[table].shape
+
+
+# extensions
+
+
+class Learnable(Endless):
+    """Eight samples that a linear network learns, epoch for epoch; the same for validation."""
+
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    y = (x[:, 0] > 0).long()
+
+    def groups(self, epoch, position, num_micro, *, closing):
+        del num_micro, closing
+        rows = np.roll(np.arange(8), epoch)
+        for start in range(position, 8, 4):
+            chosen = rows[start : start + 4]
+            yield [Micro(chosen, {"x": self.x[chosen], "y": self.y[chosen]})]
+
+    def __iter__(self):
+        yield Micro(np.arange(8), {"x": self.x, "y": self.y})
+
+
+def run_to_the_end(folder, *, restored=False):
+    torch.manual_seed(0)
+    model = Rising()
+    schedule = plan_schedule("wsd", epochs=20, warmup=1.0, lrf=0.0, steps_per_epoch=2, decay=0.2)
+    state = state_of(model, schedule=schedule)
+    checkpoints = Checkpoints(folder, {})
+    if restored:
+        restore(state, checkpoints.latest())
+    settings = FitSettings(patience=0, min_delta=0.0, monitor="loss", maximise=False, most_epochs=40, decay=0.2)
+    fit(state, StepContext(Classes(), Identity(), CPU, Ranks(), 0, 1.0), Learnable(), Learnable(), settings=settings,
+        checkpoints=checkpoints, journal=Journal(None), stop=StopFlag())  # fmt: skip
+    return state
+
+
+def test_a_kill_between_the_checkpoints_of_an_extension_does_not_undo_it(tmp_path, monkeypatch):
+    whole = run_to_the_end(tmp_path / "whole")
+    assert whole.progress.epoch == 40 and whole.progress.segment == 1
+    with monkeypatch.context() as patched:
+
+        def killed(*args, **more):
+            raise KeyboardInterrupt
+
+        patched.setattr("goodfit.engine.loop._branch", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_to_the_end(tmp_path / "cut")
+    again = run_to_the_end(tmp_path / "cut", restored=True)
+    assert again.progress.to_dict() == whole.progress.to_dict()
+    assert all(map(torch.equal, again.model.state_dict().values(), whole.model.state_dict().values()))
+
+
+def test_a_cool_down_remembers_that_memory_ran_out(tmp_path):
+    state = run_to_the_end(tmp_path)
+    progress, checkpoints = state.progress, Checkpoints(tmp_path, {})
+    progress.num_micro, progress.finished = 4, False
+    assert progress.reference is not None
+    _cool_down(state, checkpoints, Journal(None), Learnable())
+    assert state.progress.num_micro == 4 and state.progress.branch == "cool-down"
