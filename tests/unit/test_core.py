@@ -12,8 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from goodfit.api.folder import create_folder
+from goodfit.api.train import recorded
+from goodfit.config.parse import parse_request
 from goodfit.core import safeio
-from goodfit.core.errors import StorageError
+from goodfit.core.errors import RequestError, StorageError
 from goodfit.core.history import SECONDS, metrics_rows, stage_found
 from goodfit.core.journal import Journal, read_events, read_lines
 from goodfit.core.lock import run_lock
@@ -163,3 +166,43 @@ def test_what_a_stage_found_holds_until_the_run_is_extended():
         "threshold": 0.5
     }
     assert stage_found([], "threshold", "found") == {}
+
+
+def test_a_full_disk_is_said_as_one_and_no_line_is_cut(tmp_path, monkeypatch):
+    journal = Journal(tmp_path / "events.jsonl")
+    real, sizes = os.write, [7, 3]
+    monkeypatch.setattr(os, "write", lambda d, data: real(d, data[: sizes.pop()] if sizes else data))
+    journal.emit("step", loss=0.5)
+    assert [e["event"] for e in read_lines(tmp_path / "events.jsonl")] == ["step"]
+
+    def full(descriptor, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(StorageError, match="space"):
+        journal.emit("step", loss=0.5)
+    with pytest.raises(StorageError, match="kept whole"), recorded(journal, tmp_path):
+        raise StorageError("the disk is full; kept whole", next="goodfit resume RUN and look at PRUNED/RUNS")
+
+
+def test_the_next_command_names_the_run_and_nothing_else(tmp_path):
+    folder = tmp_path / "PRUNED-1"
+    folder.mkdir()
+    with pytest.raises(StorageError) as caught, recorded(Journal(None), folder):
+        raise StorageError("x", next="goodfit resume RUN, in PRUNED")
+    assert caught.value.next == f"goodfit resume {folder}, in PRUNED"
+    with pytest.raises(StorageError) as caught, recorded(Journal(None), folder, resume="goodfit.fit(resume='RUN')"):
+        raise StorageError("x", next="goodfit resume RUN")
+    assert caught.value.next == f"goodfit.fit(resume='{folder}')"
+
+
+def test_a_folder_that_is_no_run_is_not_moved_away(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a.jpg").write_bytes(b"1")
+    request = parse_request({"data": str(data), "project": str(tmp_path), "name": "data", "exist_ok": True})
+    with pytest.raises(RequestError, match="is not a run"):
+        create_folder(request, "x")
+    assert (data / "a.jpg").read_bytes() == b"1"
+    (data / "events.jsonl").write_text("")
+    assert create_folder(request, "x") == data and (tmp_path / "data.replaced-1" / "a.jpg").is_file()

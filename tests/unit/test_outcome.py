@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,13 +95,24 @@ def test_majority():
     assert majority_class(np.array([2, 2, 0, 1, 2])) == 2
 
 
-def test_every_look_is_counted_per_test_set(tmp_path):
-    assert [count_look(tmp_path, "a", run="r", weights_sha256="w") for _ in range(2)] == [1, 2]
-    assert count_look(tmp_path, "b", run="r", weights_sha256="w") == 1
+def test_every_look_is_counted_per_test_set(tmp_path, monkeypatch):
+    run = tmp_path / "r"
+    run.mkdir()
+    assert [count_look(run, "a", weights_sha256="w") for _ in range(2)] == [1, 2]
+    assert count_look(run, "b", weights_sha256="w") == 1
     with open(tmp_path / "test_looks.jsonl", "a") as handle:
         handle.write('{"torn')
-    assert count_look(tmp_path, "a", run="q", weights_sha256="w") == 3
-    assert len(read_looks(tmp_path / "test_looks.jsonl")) == 4
+    monkeypatch.chdir(run)
+    assert count_look(Path("."), "a", weights_sha256="w") == 3
+    looks = read_looks(tmp_path / "test_looks.jsonl")
+    assert len(looks) == 4 and {row["run"] for row in looks} == {"r"}
+    with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("spawn")) as pool:
+        numbers = list(pool.map(_look, [str(run)] * 12))
+    assert sorted(numbers) == list(range(4, 16))  # runs that end at one moment count one after the other
+
+
+def _look(run):
+    return count_look(Path(run), "a", weights_sha256="w")
 
 
 def test_names_are_shown_as_text_in_the_report(tmp_path):
@@ -126,3 +140,14 @@ def test_pictures_of_one_name_do_not_replace_each_other():
 
     names = _plain_names(["x/a.jpg", "x/a-2.jpg", "y/a.jpg", "z/a.png"])
     assert names == ["a", "a-2", "a-3", "a-4"]
+
+
+@pytest.mark.parametrize("name", ["$5_$10", "_hidden", "plain", "a$b"])
+def test_any_class_name_can_be_drawn(tmp_path, name):
+    from goodfit.outcome.detection_plots import plot_confidence
+    from goodfit.outcome.plots import plain, plot_confusion
+
+    plot_confusion([[3, 1], [0, 2]], [name, "other"], tmp_path / "c.png")
+    curve = {"precision": [1.0] * 99, "recall": [1.0] * 99, "f1": [1.0] * 99}
+    plot_confidence({name: curve}, 0.5, tmp_path / "f.png")
+    assert (tmp_path / "c.png").stat().st_size > 1000 and not plain(name).startswith("_")

@@ -13,8 +13,19 @@ import numpy as np
 import pytest
 
 from goodfit.core.errors import DataError
+from goodfit.core.safeio import write_text
 from goodfit.data.columns import Blobs, Objects, Strings
-from goodfit.data.index import LEFT_OUT, NO_GROUP, NO_SPLIT, SPLITS, DatasetIndex, class_counts
+from goodfit.data.index import (
+    LEFT_OUT,
+    NO_GROUP,
+    NO_SPLIT,
+    SPLITS,
+    DatasetIndex,
+    class_counts,
+    data_hash,
+    read_split,
+    write_split,
+)
 from goodfit.data.split import SealedTest, check_splits, split_dataset, subset
 from goodfit.data.stratify import fill
 from pictures import folder_hash
@@ -486,3 +497,13 @@ def test_boxes_of_a_real_dataset(real_data):
         assert np.abs(counts / counts.sum(0) - [[0.7], [0.15], [0.15]]).max() < 0.02, counts
         assert np.abs(np.array([len(made.rows(s)) for s in SPLITS]) / len(made) - [0.7, 0.15, 0.15]).max() < 0.01
     assert folder_hash(folder) == before
+
+
+@pytest.mark.parametrize("name", ["caf\udce9", "dogs\r", "a\nb", 'quo"te', "plain"])
+def test_a_split_with_any_name_can_be_read_back(tmp_path, name):
+    index = DatasetIndex(root=tmp_path, paths=(f"{name}/1.jpg", "b/2.jpg"), targets=np.array([1, 0]), class_names=("b", name),
+                         splits=np.zeros(2, np.int8), groups=np.array([-1, -1]), contents=np.zeros((2, 16), np.uint8))  # fmt: skip
+    write_text(tmp_path / "split.csv", write_split(index))
+    again = read_split(tmp_path / "split.csv", tmp_path)
+    assert list(again.paths) == list(index.paths) and set(again.class_names) == {"b", name}
+    assert len(data_hash(index)) == 64

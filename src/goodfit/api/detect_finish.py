@@ -110,7 +110,7 @@ def final_test(run: Run, parts: DetectParts, journal: Journal) -> dict[str, Any]
         sealed = SealedTest(read_json(run.path / AUDIT)["data"]["test_sha256"])
         rows = sealed.open(parts.index)
         digest = tensors_sha256({"": dict(parts.state.model.state_dict())})
-        look = count_look(run.path.parent, sealed.sha256, run=run.path.name, weights_sha256=digest)
+        look = count_look(run.path, sealed.sha256, weights_sha256=digest)
         meter = _judge(parts, rows)
         result = _result(meter, parts, threshold_of(run)["threshold"], look)
         write_json(run.path / "test.json", result)

@@ -112,7 +112,7 @@ def final_test(run: Run, parts: Parts, journal: Journal) -> dict[str, Any]:
         rows = sealed.open(parts.index)
         model = parts.state.model
         digest = tensors_sha256({"": dict(model.state_dict())})
-        look = count_look(run.path.parent, sealed.sha256, run=run.path.name, weights_sha256=digest)
+        look = count_look(run.path, sealed.sha256, weights_sha256=digest)
         precise = precisely(parts.plan)
         meter = evaluate(model, parts.eval_loader(rows), task=parts.task, transform=parts.context.transform,
                          device=precise, ranks=parts.context.ranks)  # fmt: skip

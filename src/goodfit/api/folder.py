@@ -21,6 +21,7 @@ from goodfit.core.safeio import read_json, storage_errors, write_text
 DEFAULT_PROJECT = "runs"
 REQUEST, PLAN, AUDIT, SPLIT, RUN_FACTS = "request.yaml", "plan.json", "audit.json", "split.csv", "run.json"
 OBJECTS = "objects.safetensors"  # boxes and masks, where the samples have some
+RUN_PARTS = (REQUEST, PLAN, AUDIT, "events.jsonl", ".lock")  # one of which every run's folder has
 
 
 class Run:
@@ -157,6 +158,9 @@ def create_folder(request: TrainRequest, stem: str) -> Path:
 def _named_folder(project: Path, name: str) -> Path:
     path = project / name
     if path.exists():
+        if not path.is_dir() or (any(path.iterdir()) and not any((path / part).exists() for part in RUN_PARTS)):
+            raise RequestError(f"name={name}: what is there is not a run.", where=str(path), kept="it as it is",
+                               next="use another name= or project=")  # fmt: skip
         number = next(n for n in range(1, 100_000) if not (project / f"{name}.replaced-{n}").exists())
         with storage_errors(path), run_lock(path):  # not while a process writes to it
             path.rename(project / f"{name}.replaced-{number}")

@@ -62,7 +62,7 @@ def _test(run: Run, parts: ModuleParts, journal: Journal) -> dict[str, Any]:
     with stage(journal, "test") as note:
         sealed = read_json(run.path / RUN_FACTS)["data"]["test"]
         digest = tensors_sha256({"": dict(parts.state.model.state_dict())})
-        look = count_look(run.path.parent, sealed["sha256"], run=run.path.name, weights_sha256=digest)
+        look = count_look(run.path, sealed["sha256"], weights_sha256=digest)
         precise = DevicePolicy(
             kind=parts.plan.device.value, precision="fp32", channels_last=parts.plan.channels_last.value
         )

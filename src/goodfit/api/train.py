@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,10 @@ def test(run: str | Path) -> dict[str, Any]:
     opened = open_run(run)
     journal = Journal(None, (Terminal(),))
     with run_lock(opened.path), recorded(journal, opened.path):
+        if not (opened.path / "result.json").is_file():  # before a look at the test split is counted
+            raise StorageError(
+                "This run has not finished: it has no result yet.", where=str(run), next=f"goodfit resume {run}"
+            )
         parts = reopen(opened, journal)
         checkpoints = Checkpoints(opened.path / "checkpoints", parts.hashes)
         snapshot = checkpoints.latest()
@@ -279,14 +284,16 @@ def recorded(journal: Journal, folder: Path, *, resume: str = "goodfit resume RU
     try:
         yield
     except GoodfitError as error:
-        error.next = error.next.replace("goodfit resume RUN", resume).replace("RUN", str(folder))
+        error.next = re.sub(r"\bRUN\b", lambda _: str(folder), error.next.replace("goodfit resume RUN", resume))
         if not error.where and isinstance(error, Stopped):
             error.where = str(folder)
         checks = [c.to_dict() for c in error.checks] if isinstance(error, RehearsalError) else []
-        journal.emit("failed", **error.describe(), **({"checks": checks} if checks else {}))
+        with suppress(StorageError):  # a full disk, of which the error itself tells
+            journal.emit("failed", **error.describe(), **({"checks": checks} if checks else {}))
         raise
     except BaseException as error:
-        journal.emit("failed", status="failed", error=f"{type(error).__name__}: {error}")
+        with suppress(StorageError):
+            journal.emit("failed", status="failed", error=f"{type(error).__name__}: {error}")
         raise
     finally:
         journal.close()

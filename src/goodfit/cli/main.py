@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import json
 import os
 import signal
@@ -121,7 +122,7 @@ def predict(places: Words, asked: Asked) -> Answer:
     """Classify images, or find objects in them, with a bundle; needs no torch."""
     from goodfit.api.predict import predict
 
-    table = asked.pop("table", "false").lower() == "true"
+    table = asked.pop("table", "false").lower() in ("true", "1", "yes", "on")
     out, threshold = asked.pop("out", None), _share(asked.pop("threshold", None), "threshold")
     if asked:
         raise RequestError(f"predict does not take {', '.join(asked)}.",
@@ -186,6 +187,9 @@ def main(words: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if words is None else words)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):  # a file name that is no UTF-8 must not end a command whose work is done
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     output = {"json": any(w.lstrip("-") in ("json", "json=true", "json=1") for w in words), "debug": False}
     try:
         if not words or (words[0] in ("-h", "--help", "help") and len(words) == 1):

@@ -46,11 +46,19 @@ class Journal:
                 torn = handle.read(1) != b"\n"
         with storage_errors(path):
             self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._path = path
         if torn:  # a kill cut the last line: end it, so that the next event starts on its own
-            os.write(self._descriptor, b"\n")
+            self._write(b"\n")
         for line in self._waiting:
-            os.write(self._descriptor, line)
+            self._write(line)
         self._waiting.clear()
+
+    def _write(self, line: bytes) -> None:
+        """All of a line; raises StorageError, as where the disk is full."""
+        assert self._descriptor is not None
+        with storage_errors(self._path):
+            while line:
+                line = line[os.write(self._descriptor, line) :]
 
     def listen(self, listener: Listener) -> None:
         """Hand every later event to one more listener."""
@@ -64,7 +72,7 @@ class Journal:
         if self._descriptor is None:
             self._waiting.append(line)
         else:
-            os.write(self._descriptor, line)
+            self._write(line)
         for listener in list(self._listeners):
             try:
                 listener(dict(record))

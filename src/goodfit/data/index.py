@@ -114,7 +114,7 @@ def class_counts(index: DatasetIndex, rows: npt.NDArray[np.int64]) -> npt.NDArra
 def data_hash(index: DatasetIndex, split: str | None = None) -> str:
     """SHA-256 over content and label of every accepted row (or of one split's), independent of names and order."""
     rows = np.flatnonzero(index.splits >= 0) if split is None else index.rows(split)
-    labels = [name.encode() for name in index.class_names]
+    labels = [name.encode("utf-8", "surrogateescape") for name in index.class_names]
     if index.objects is None:
         lines = sorted(
             index.contents[r].tobytes().hex().encode() + b" " + (labels[t] if t >= 0 else b"")
@@ -131,7 +131,7 @@ def _objects_digest(index: DatasetIndex, row: int) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     for number in range(*objects.of(row).indices(len(objects))):
         if objects.kept[number]:
-            digest.update(index.class_names[objects.classes[number]].encode())
+            digest.update(index.class_names[objects.classes[number]].encode("utf-8", "surrogateescape"))
             digest.update(objects.boxes[number].astype("<f4").tobytes() + bytes([bool(objects.crowd[number])]))
             digest.update(objects.masks[number])
     return digest.hexdigest().encode()
@@ -143,7 +143,8 @@ _COLUMNS = ("path", "label", "split", "group", "content", "width", "height")
 def write_split(index: DatasetIndex) -> str:
     """The index as the text of `split.csv`: which sample went where; an empty split means left out."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    odd = any("\r" in name for name in (*index.class_names, *index.paths))  # which Python quotes from 3.13 on
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL if odd else csv.QUOTE_MINIMAL)
     writer.writerow(_COLUMNS)
     for row, path in enumerate(index.paths):
         split = SPLITS[index.splits[row]] if index.splits[row] >= 0 else ""
@@ -162,9 +163,9 @@ def read_split(path: Path, root: Path) -> DatasetIndex:
         DataError: the file is missing or is not a split.csv.
     """
     try:
-        with open(path, encoding="utf-8", newline="") as handle:
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as handle:  # file names may be no UTF-8
             rows = list(csv.reader(handle))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, csv.Error) as error:
         raise DataError(f"Could not read the split: {error}.", where=str(path)) from error
     if not rows or tuple(rows[0]) != _COLUMNS or any(len(row) != len(_COLUMNS) for row in rows):
         raise DataError("This is not a split.csv of goodfit.", where=str(path))

@@ -15,7 +15,7 @@ EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 class StopFlag:
     """A context in which SIGINT and SIGTERM ask for a stop instead of ending the process.
 
-    The first signal lets the step in progress finish; a second SIGINT raises KeyboardInterrupt at once, which leaves the
+    SIGHUP is ignored. The first signal lets the step in progress finish; a second SIGINT raises KeyboardInterrupt at once, which leaves the
     last committed checkpoint. Outside the main thread, where Python handles no signals, nothing is installed. The
     handlers found are put back at the end.
     """
@@ -37,6 +37,8 @@ class StopFlag:
         if threading.current_thread() is threading.main_thread():
             for number in EXIT_CODES:
                 self._previous[number] = signal.signal(number, self._handle)
+            if hasattr(signal, "SIGHUP"):  # a terminal that closes does not end training
+                self._previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -81,10 +81,10 @@ def find_weights(pretrained: str) -> Path | None:
     """
     path = Path(pretrained)
     if path.is_dir():
-        return _bundle_folder(path) / WEIGHTS
+        return _bundle_folder(path.resolve()) / WEIGHTS  # a run must find it again from another folder
     if pretrained.endswith(SUFFIXES) or path.is_file():
         _check_file(path)
-        return path
+        return path.resolve()
     if "/" in pretrained.removeprefix("timm/") or "\\" in pretrained:
         raise WeightsError("There is no such weight file, bundle or run.", where=pretrained,
                            next="check pretrained=, the folder of a run or of its bundle")  # fmt: skip

@@ -15,6 +15,7 @@ from goodfit.data.index import DatasetIndex
 from goodfit.data.objects import MaskBook, objects_of
 from goodfit.metrics.coco import ImageObjects, overlaps_of
 from goodfit.metrics.detection import LEVELS, NEAR, DetectionMeter
+from goodfit.outcome.plots import plain
 from goodfit.runtime.images import decode_image
 from goodfit.runtime.letterbox import Letterbox
 from goodfit.runtime.masks import CutMask
@@ -166,8 +167,8 @@ def plot_confidence(curves: Mapping[str, Mapping[str, Sequence[float]]], thresho
     shown = list(curves.items())[:MAX_CURVES]
     for number, (name, curve) in enumerate(shown):
         colour = [c / 255 for c in class_colour(number)]
-        axes[0].plot(curve["recall"], curve["precision"], color=colour, linewidth=1.4, label=name)
-        axes[1].plot(LEVELS, curve["f1"], color=colour, linewidth=1.4, label=name)
+        axes[0].plot(curve["recall"], curve["precision"], color=colour, linewidth=1.4, label=plain(name))
+        axes[1].plot(LEVELS, curve["f1"], color=colour, linewidth=1.4, label=plain(name))
     if curves:
         mean = np.mean([curve["f1"] for curve in curves.values()], axis=0)
         axes[1].plot(LEVELS, mean, color="black", linewidth=2.2, label="mean")

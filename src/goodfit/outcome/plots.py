@@ -73,8 +73,9 @@ def plot_confusion(confusion: Sequence[Sequence[int]], class_names: Sequence[str
     axis.set_xlabel("predicted")
     axis.set_ylabel("true")
     if num <= MAX_NAMED_CLASSES:
-        axis.set_xticks(range(num), class_names, rotation=45, ha="right")
-        axis.set_yticks(range(num), class_names)
+        names = [plain(name) for name in class_names]
+        axis.set_xticks(range(num), names, rotation=45, ha="right")
+        axis.set_yticks(range(num), names)
         for y, row in enumerate(confusion):
             for x, count in enumerate(row):
                 if count:
@@ -103,3 +104,10 @@ def _caption(target: torch.Tensor, class_names: Sequence[str]) -> str:
         return class_names[int(target)]
     shares = [(float(s), class_names[c]) for c, s in enumerate(target) if float(s) > 0.005]
     return " + ".join(f"{name} {100 * share:.0f} %" for share, name in sorted(shares, reverse=True)[:2])
+
+
+def plain(name: str) -> str:
+    """A class's name as matplotlib writes it as it is: between two dollars it would read mathematics, and refuse what is none; what begins
+    with an underscore it leaves out of a legend."""
+    text = name.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
