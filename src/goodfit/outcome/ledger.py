@@ -43,7 +43,7 @@ def _wait_for_others(descriptor: int) -> None:
         import fcntl
     except ImportError:  # Windows
         return
-    fcntl.lockf(descriptor, fcntl.LOCK_EX)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)  # lockf would let go as soon as the file is read through another descriptor
 
 
 def read_looks(path: Path) -> list[dict[str, Any]]:
