@@ -39,7 +39,7 @@ def train(places: Words, asked: Asked) -> Answer:
 
 
 def demo(places: Words, asked: Asked) -> Answer:
-    """Train on real handwritten digits: classes in a minute, boxes (demo detect) in two, masks (demo segment) in seven."""
+    """Train on real handwritten digits: classes in a minute, boxes (demo detect) in two, masks (demo segment) in four."""
     from goodfit.api.demo import EPOCHS, demo
 
     if len(places) > 1 or (places and places[0] not in EPOCHS):
