@@ -11,8 +11,10 @@ from goodfit.engine.state import Progress
 CHECK_SHARE = 0.01  # of the budget between two looks at the clock, within an epoch ...
 CHECK_SECONDS = (0.5, 30.0)  # ... but within these
 SLACK = 0.01  # of the steps left, by which an estimate may move without a new schedule
-FEW_STEPS = 4
-COOL_DOWN_SHARE = 0.2  # of a run, over which a schedule is cooled down that cannot be stretched
+FEW_STEPS = 4  # of an epoch: without its first, too few would be left to be timed
+COOL_DOWN_SHARE = (
+    0.2  # of the steps done, when patience or the end of the time ends a rate that does not fall by itself
+)
 WARMUP_SHARE = 0.05  # of the run that warm-up may take, where the budget turns out short
 STRETCHED = ("wsd", "cosine", "linear")  # schedules that can be fitted to another length on the way
 

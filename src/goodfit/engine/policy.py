@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 
-from goodfit.engine.budget import TimeBudget, fit_schedule
+from goodfit.engine.budget import COOL_DOWN_SHARE, TimeBudget, fit_schedule
 from goodfit.engine.ranks import Ranks
 from goodfit.engine.schedule import Schedule
 from goodfit.engine.state import Progress
 
-COOL_DOWN_SHARE = 0.2  # of the steps done, when patience ends the stable rate
 LAST_PART = 0.25  # of the validations: a best within it says that training longer pays (Tuning Playbook: best in the last quarter)
 MISTAKEN = 0.25  # of the steps done: with time for so many more, the end that an estimate gave was none
 EXTENSION = "extension"

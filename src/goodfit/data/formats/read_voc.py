@@ -97,10 +97,10 @@ def _places(data: Path) -> list[_Place]:
     if not data.is_dir():
         return []
     below = folders(data)
-    whole = _inside(data, below, NO_SPLIT)
+    whole = _inside(data, below)
     if whole is not None:
         return [whole]
-    parts = [(f, place) for f in below if (place := _inside(f, folders(f), NO_SPLIT)) is not None]
+    parts = [(f, place) for f in below if (place := _inside(f, folders(f))) is not None]
     if len(parts) == 1:
         return [parts[0][1]]
     if parts:  # a folder for each split, or for each year, which all belong to the dataset
@@ -112,13 +112,13 @@ def _places(data: Path) -> list[_Place]:
     return [_Place(f, f, None, split) for f in below if (split := split_of(f.name)) is not None and _has_boxes(f)]
 
 
-def _inside(root: Path, inner: list[Path], split: int) -> _Place | None:
+def _inside(root: Path, inner: list[Path]) -> _Place | None:
     """A folder that holds one of annotations and one of images."""
     annotations, images = _named(inner, _ANNOTATION_FOLDERS), _named(inner, _IMAGE_FOLDERS)
     if annotations is None or images is None or not _has_boxes(annotations):
         return None
     sets = root / "ImageSets" / "Main"
-    return _Place(annotations, images, sets if sets.is_dir() else None, split)
+    return _Place(annotations, images, sets if sets.is_dir() else None, NO_SPLIT)
 
 
 def _named(candidates: list[Path], names: tuple[str, ...]) -> Path | None:
