@@ -14,10 +14,11 @@ from goodfit.api.assemble import assemble, execution
 from goodfit.api.finish import load_best
 from goodfit.core.errors import OutOfMemory, StorageError, TrainingError
 from goodfit.core.journal import Journal
-from goodfit.engine.checkpoint import Checkpoints, tensors_sha256
+from goodfit.engine.checkpoint import Checkpoints, restore, tensors_sha256
 from goodfit.engine.loop import fit
 from goodfit.engine.optimizer import optimizer_tensors
 from goodfit.engine.stop import StopFlag
+from goodfit.runtime.images import ImageError
 
 
 def parts_of(bars, **asked):
@@ -61,10 +62,24 @@ class Failing:
         return {"loss": (total * float("nan") if self.calls in self._nan_at else total, count)}
 
 
-def with_task(parts, **failing):
+class Crowded(Failing):
+    """A task that runs out of memory when more samples than a limit are evaluated at once; `seen` are those that were not too many."""
+
+    def __init__(self, task, limit, error=None):
+        super().__init__(task)
+        self._most, self._error, self.seen = limit, error or torch.OutOfMemoryError("simulated"), []
+
+    def predict(self, model, batch):
+        if len(batch["image"]) > self._most:
+            raise self._error
+        self.seen.append(len(batch["image"]))
+        return self._task.predict(model, batch)
+
+
+def with_task(parts, *, kind=Failing, **failing):
     import dataclasses
 
-    context = dataclasses.replace(parts.context, task=Failing(parts.task, **failing))
+    context = dataclasses.replace(parts.context, task=kind(parts.task, **failing))
     return dataclasses.replace(parts, context=context)
 
 
@@ -87,6 +102,113 @@ def test_out_of_memory_with_one_sample_is_an_error(bars, tmp_path):
         run_fit(with_task(parts_of(bars, epochs=1, cache="off", workers=2), limit=0), tmp_path)
     assert caught.value.exit_code == 5 and "imgsz" in caught.value.next
     assert multiprocessing.active_children() == [], "a loader process would keep the program from ending"
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("simulated"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()],
+                         ids=["gpu", "cpu", "numpy"])  # fmt: skip
+def test_memory_that_runs_out_in_validation_halves_its_batch_and_gives_the_same_figures(bars, tmp_path, error):
+    direct, survived = (
+        parts_of(bars, epochs=1),
+        with_task(parts_of(bars, epochs=1), kind=Crowded, limit=10, error=error),
+    )
+    found = [run_fit(p, tmp_path / str(n)).latest().progress["best"] for n, p in enumerate((direct, survived))]
+    assert found[0]["metrics"] == pytest.approx(found[1]["metrics"], rel=1e-5)
+    seen = survived.context.task.seen
+    assert max(seen) <= 10 and sum(seen) == len(survived.val.rows), "every sample once, after those that did not fit"
+
+
+def test_memory_for_one_sample_of_validation_is_an_error(bars, tmp_path):
+    with pytest.raises(OutOfMemory, match="one sample at a time") as caught:
+        run_fit(with_task(parts_of(bars, epochs=1), kind=Crowded, limit=0), tmp_path)
+    assert caught.value.exit_code == 5
+
+
+def test_a_loader_process_that_dies_and_a_file_that_vanishes_cost_no_step(bars, tmp_path):
+    """Killed, as by the system where memory is short; a picture that is gone. Both end resumable, and both hashes are those of a whole run."""
+    import os
+    import shutil
+    import signal
+
+    shutil.copytree(bars, tmp_path / "data")
+    asked = {"epochs": 2, "cache": "off", "workers": 1, "prefetch": 1, "batch": 8}
+    whole = parts_of(tmp_path / "data", **asked)
+    run_fit(whole, tmp_path / "whole")
+
+    class Killing(Failing):
+        def loss(self, model, batch):
+            if self.calls == 3:
+                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            return super().loss(model, batch)
+
+    parts = with_task(parts_of(tmp_path / "data", **asked), kind=Killing)
+    with pytest.raises(TrainingError, match="A loader process died") as caught:
+        run_fit(parts, tmp_path / "cut")
+    assert "step-0000000" in caught.value.kept and "workers=0" in caught.value.next
+    again = parts_of(tmp_path / "data", **asked)
+    restore(again.state, Checkpoints(tmp_path / "cut", {}).latest())
+    assert again.state.step >= 4
+    lost = again.train.rows[0]
+    gone = again.index.file(int(lost))
+    content = gone.read_bytes()
+    gone.unlink()
+    with pytest.raises(ImageError) as caught:
+        run_fit(again, tmp_path / "cut")
+    assert "step-0000" in caught.value.kept and "resume" in caught.value.next
+    assert str(gone) in caught.value.where + caught.value.message and "Traceback" not in caught.value.message
+    gone.write_bytes(content)
+    last = parts_of(tmp_path / "data", **asked)
+    restore(last.state, Checkpoints(tmp_path / "cut", {}).latest())
+    run_fit(last, tmp_path / "cut")
+    assert last.state.step == whole.state.step
+    assert tensors_sha256({"": last.state.model.state_dict()}) == tensors_sha256({"": whole.state.model.state_dict()})
+
+
+def test_an_error_of_a_dataset_keeps_its_kind_and_the_steps(tmp_path):
+    """In a loader process too; its state is saved before."""
+    import goodfit
+
+    class Numbers(torch.utils.data.Dataset):
+        def __len__(self):
+            return 64
+
+        def __getitem__(self, row):
+            if row == 50 and (tmp_path / "broken").exists():
+                raise ValueError("the fiftieth")
+            return torch.full((4,), float(row % 2)), row % 2
+
+    (tmp_path / "broken").write_text("")
+    model = torch.nn.Linear(4, 2)
+    with pytest.raises(goodfit.DataError, match="Sample 50 cannot be had: ValueError: the fiftieth") as caught:
+        goodfit.fit(model, train=Numbers(), val=Numbers(), loss=torch.nn.CrossEntropyLoss(), epochs=2, batch=4, workers=1, rehearse=False,
+                    measure=False, project=str(tmp_path / "runs"), name="a")  # fmt: skip
+    assert "step-000000" in caught.value.kept and "resume=" in caught.value.next
+
+
+def test_a_save_that_can_wait_is_tried_three_times(bars, tmp_path, monkeypatch):
+    """A disk that is full for a while: training goes on and says so; full for good: it stops with the last checkpoint as it was."""
+    parts, tried, most = parts_of(bars, epochs=8), [], [2]
+    plain = Checkpoints._write
+
+    def write(self, snapshot):
+        if len(tried) < most[0] and not snapshot.progress["finished"]:
+            tried.append(snapshot.name)
+            raise StorageError("The disk is full.")
+        return plain(self, snapshot)
+
+    monkeypatch.setattr(Checkpoints, "_write", write)
+    monkeypatch.setattr(Checkpoints, "is_due", lambda self: True)
+
+    journal = Journal(tmp_path / "events.jsonl")
+    run_fit(parts, tmp_path / "c", journal)
+    assert parts.state.progress.finished and len(tried) == 2
+    said = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert sum(e.get("name") == "saving" and "The disk is full" in e["text"] for e in said) == 2
+    tried.clear()
+    most[0] = 10**9
+    parts = parts_of(bars, epochs=8)
+    with pytest.raises(StorageError, match="The disk is full"):
+        run_fit(parts, tmp_path / "never")
+    assert len(tried) == 3 and parts.state.progress.epoch == 3
 
 
 def test_a_nan_step_is_named_and_training_goes_on(bars, tmp_path):

@@ -111,6 +111,24 @@ def test_above_a_limit_the_largest_useful_size_is_found_and_the_callers_state_is
     assert best_batch(found, 10**12).batch == allowed
 
 
+def test_a_size_that_would_not_fit_by_the_one_before_is_not_begun(monkeypatch):
+    """In the run's own process on a processor: the system would end it."""
+    model, seen = Pictures(), []
+    context = StepContext(
+        Task(), Limited(ERRORS[0]), DevicePolicy(kind="cpu", precision="fp32", channels_last=False), Ranks(), 0, 1.0
+    )
+
+    def step(_state, _context, group):
+        seen.append(len(group[0].samples))
+        return 0.01 * seen[-1]
+
+    monkeypatch.setattr(measure, "timed_step", step)
+    monkeypatch.setattr(DevicePolicy, "peak_memory", lambda _: 100 * max(seen, default=0))
+    found = measure_batches_here(model, context, build, group_of, (16, 32, 64, 128), memory=5000, seconds=60, ema=False)
+    assert [b.batch for b in found] == [16, 32, 64] and max(seen) == 32
+    assert found[-1].problem.startswith("would need up to") and [b.memory for b in found[:2]] == [1600, 3200]
+
+
 def test_the_copy_learns_and_the_module_does_not():
     model = Pictures()
     context = StepContext(

@@ -13,7 +13,7 @@ from goodfit.config.plan import Decision
 from goodfit.config.request import options
 from goodfit.core.journal import Journal
 from goodfit.engine.clock import PARTS, Clock
-from goodfit.engine.loop import _Epoch
+from goodfit.engine.epoch import Epoch
 from goodfit.outcome.utilisation import utilisation
 from plans import plan_of
 
@@ -152,7 +152,7 @@ def test_the_wait_for_a_device_belongs_to_the_step():
     progress = types.SimpleNamespace(segment=0, loss_sum=0.0, loss_count=0, bad_in_a_row=0, epoch=0,
                                      schedule=types.SimpleNamespace(total_steps=2))  # fmt: skip
     clock = Clock()
-    epoch = _Epoch(types.SimpleNamespace(progress=progress), Journal(None), clock)
+    epoch = Epoch(types.SimpleNamespace(progress=progress), Journal(None), clock)
     record = types.SimpleNamespace(step=1, bad=0.0, loss=Late(), grad_norm=1.0, lr=0.1, num_samples=4)
     epoch.start()
     epoch.add(record)

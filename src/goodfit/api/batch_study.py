@@ -37,6 +37,7 @@ from goodfit.config.sizes import InputSizes
 from goodfit.config.study import MAX_SECONDS, StudyCost, StudyDesign, design_study, judge
 from goodfit.core.errors import RequestError, StorageError, TrainingError
 from goodfit.core.journal import Journal
+from goodfit.core.machine import memory_limited
 from goodfit.core.places import cache_folder
 from goodfit.core.safeio import read_json, write_json, write_text
 from goodfit.data.index import LEFT_OUT, SPLITS, DatasetIndex, data_hash, read_split, write_split
@@ -297,16 +298,14 @@ def train_trials(
 
 def main() -> None:
     """Answer `ask.json` of the folder given, one line of JSON per training."""
-    from goodfit.api.probe_child import _limit_memory
-
     folder = Path(sys.argv[1])
     ask = read_json(folder / "ask.json")
     plans = {int(size): Plan.from_dict(plan) for size, plan in ask["plans"].items()}
-    if all(plan.device.value == "cpu" for plan in plans.values()):
-        _limit_memory(ask["memory"])
+    limited = all(plan.device.value == "cpu" for plan in plans.values())
     index = read_split(folder / "split.csv", Path(ask["root"]))
-    for line in train_trials(index, plans, [tuple(t) for t in ask["trials"]], folder, _Orphaned(ask["parent"])):
-        print(json.dumps(line), flush=True)
+    with memory_limited(ask["memory"]) if limited else contextlib.nullcontext():
+        for line in train_trials(index, plans, [tuple(t) for t in ask["trials"]], folder, _Orphaned(ask["parent"])):
+            print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

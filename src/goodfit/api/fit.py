@@ -36,6 +36,7 @@ from goodfit.data.loader import MicroBatch
 from goodfit.data.samples import Collate, random_state_kept
 from goodfit.engine import loop
 from goodfit.engine.checkpoint import take_snapshot
+from goodfit.engine.device import is_out_of_memory
 from goodfit.planning.module_rehearsal import rehearse_module
 from goodfit.planning.rehearsal import Rehearsal, RehearsalError
 from goodfit.tasks.module import ModuleTask
@@ -199,8 +200,8 @@ def _rehearsal_stage(parts: ModuleParts, journal: Journal, folder: Path) -> None
         while found is None:
             try:
                 found = _rehearse(parts)
-            except RuntimeError as error:
-                if not loop.is_out_of_memory(error):
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
                     raise
                 loop.halve_micro_batch(parts.state, parts.train, journal, parts.context)
             except RehearsalError as error:

@@ -33,6 +33,7 @@ from goodfit.config.lr_range import LrCurve
 from goodfit.config.measured import AllocatorCost, BatchCost, StepCost, best_execution
 from goodfit.config.plan import Plan
 from goodfit.config.sizes import InputSizes
+from goodfit.core.machine import memory_limited
 from goodfit.core.safeio import read_json
 from goodfit.data.index import read_split
 from goodfit.data.loader import MicroBatch, TrainLoader
@@ -61,9 +62,8 @@ WARM_BATCHES = 8  # kept in memory, to measure what loading from a warm cache co
 def answer(folder: Path, ask: dict[str, Any]) -> Iterator[Any]:
     """Measure what is asked about the plan: `ask["what"]` names it."""
     plan = Plan.from_dict(ask["plan"])
-    if plan.device.value == "cpu":
-        _limit_memory(ask["memory"])
-    with execution(plan):
+    limit = memory_limited(ask["memory"]) if plan.device.value == "cpu" else contextlib.nullcontext()
+    with limit, execution(plan):
         yield from ANSWERS[ask["what"]](plan, folder, ask)
 
 
@@ -189,17 +189,6 @@ def _batches(plan: Plan, folder: Path, ask: dict[str, Any]) -> tuple[ClassifyTas
 
 def _steps_per_epoch(plan: Plan, ask: dict[str, Any]) -> int:
     return max(1, int(ask["num_train"]) // plan.batch.value)
-
-
-def _limit_memory(num_bytes: int) -> None:
-    """Let this process fail by itself before the machine runs out of memory and ends somebody else's."""
-    with contextlib.suppress(ImportError, ValueError, OSError, AttributeError):
-        import resource
-
-        import psutil
-
-        held = psutil.Process().memory_info().data  # address space with libraries' own buffers; not resident memory
-        resource.setrlimit(resource.RLIMIT_DATA, (held + num_bytes, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
 def budget(projected: float) -> float:

@@ -15,7 +15,8 @@ from goodfit.core.errors import ExportError
 from goodfit.core.journal import Journal
 from goodfit.core.safeio import write_text
 from goodfit.data.loader import MicroBatch, row_of
-from goodfit.engine.loop import halve_micro_batch, is_out_of_memory
+from goodfit.engine.device import is_out_of_memory
+from goodfit.engine.loop import halve_micro_batch
 from goodfit.models.builder import build_network
 from goodfit.outcome.export import TOLERANCE, traced_difference
 from goodfit.planning.checks import Check
@@ -53,7 +54,7 @@ def rehearse_run(parts: ImageParts, journal: Journal, folder: Path | None, look:
         while found is None:
             try:
                 found = look()
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 halve_micro_batch(parts.state, parts.train, journal, parts.context)
@@ -64,7 +65,7 @@ def rehearse_run(parts: ImageParts, journal: Journal, folder: Path | None, look:
         sizes = InputSizes.of(parts.plan)
         rate = found.bare_rate * sizes.cost(sizes.typical)  # of a batch of mean cost
         note.text = f"{found.describe()} · {rate:,.{0 if rate >= 100 else 1}f} img/s bare step{' over all input sizes' if sizes.varies else ''}"
-        note.fields = {"bare_rate": rate, "checks": [check.to_dict() for check in found.checks]}
+        note.fields = {"bare_rate": rate, "varies": sizes.varies, "checks": [check.to_dict() for check in found.checks]}
 
 
 def write_checks(folder: Path | None, checks: Sequence[Check]) -> str:

@@ -39,7 +39,8 @@ from goodfit.core.lock import run_lock
 from goodfit.core.safeio import read_json, write_bytes, write_json, write_text
 from goodfit.data.index import read_split, write_split
 from goodfit.data.objects_file import with_objects, write_objects
-from goodfit.engine.checkpoint import Checkpoints, restore
+from goodfit.engine.checkpoint import Checkpoints, restore, versions
+from goodfit.engine.device import find_machine
 from goodfit.engine.loop import fit
 from goodfit.engine.policy import FitSettings
 from goodfit.engine.stop import StopFlag
@@ -138,7 +139,12 @@ def continue_from(parts: FitParts, checkpoints: Checkpoints, journal: Journal, e
     journal.segment, journal.step = progress.segment, progress.step
     journal.emit("run", resumed_from={"segment": progress.segment, "step": progress.step})
     gone = f"; removed an incomplete attempt: {', '.join(checkpoints.removed)}" if checkpoints.removed else ""
-    journal.emit("stage", name="resume", text=f"from step {progress.step}, epoch {progress.epoch + 1}{gone}")
+    now = versions()
+    other = [f"{name} {was}, now {now[name]}" for name, was in snapshot.versions.items() if now.get(name, was) != was]
+    differs = (
+        f"; not bit for bit as it would have been, as the state was written with {'; '.join(other)}" if other else ""
+    )
+    journal.emit("stage", name="resume", text=f"from step {progress.step}, epoch {progress.epoch + 1}{gone}{differs}")
 
 
 def resume(run: str | Path, *, workers: int | None = None, latency: str | float | None = None) -> Run:
@@ -186,6 +192,11 @@ def reopen(run: Run, journal: Journal, *, workers: int | None = None) -> ImagePa
         raise RequestError("This run trains a module that was handed over in Python; its folder alone cannot build it again.",
                            where=str(run.path), kept="the run and its checkpoints",
                            next=f"goodfit.fit(module, train, val, ..., resume={str(run.path)!r}), as it was called at first")  # fmt: skip
+    try:
+        find_machine(plan.device.value)
+    except RequestError as error:
+        raise RequestError(f"This run was planned for {plan.device.value}, which is not to be had here: {error.message}", where=str(run.path),
+                           kept="the run and its checkpoints", next="resume it where there is one") from error  # fmt: skip
     index = read_split(run.path / SPLIT, Path(read_json(run.path / "run.json")["root"]))
     if (run.path / OBJECTS).is_file():
         index = with_objects(index, run.path / OBJECTS)

@@ -11,13 +11,14 @@ from goodfit.api.folder import Run
 from goodfit.api.prepare import stage
 from goodfit.config.plan import Plan
 from goodfit.config.sizes import InputSizes
+from goodfit.core.errors import OutOfMemory
 from goodfit.core.history import bare_rate
 from goodfit.core.journal import Journal
 from goodfit.core.machine import num_cores
 from goodfit.core.places import cache_folder, free_bytes
 from goodfit.engine.budget import TimeBudget
 from goodfit.engine.checkpoint import has_finished
-from goodfit.engine.loop import is_out_of_memory
+from goodfit.engine.device import is_out_of_memory
 from goodfit.outcome.utilisation import Verdict, utilisation
 from goodfit.planning.pace import Pace, measure_pace
 from goodfit.planning.projection import Projection, check_disk, describe_seconds, measure_outcome, project
@@ -88,7 +89,9 @@ def _pace(run: Run, parts: FitParts, rate: float) -> Pace | None:
     try:
         return measure_pace(parts.state, parts.context, train, parts.val, folder=run.path, bare_rate=rate,
                             compiled=parts.plan.compile.value, cost=cost)  # fmt: skip
-    except RuntimeError as error:
+    except OutOfMemory:
+        return None
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         return None

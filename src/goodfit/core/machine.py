@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,37 @@ def peak_memory() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_memory() -> None:
+    """Let `peak_memory` begin anew, with what this process holds now, of which the C library hands back what is free. Nothing happens
+    where the system has no such switch, as outside Linux."""
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+@contextlib.contextmanager
+def memory_limited(num_bytes: int) -> Iterator[None]:
+    """Let this process fail by itself, with MemoryError or torch's RuntimeError, where it takes so many bytes more than now, before the
+    machine runs out of memory and ends somebody's process. Does nothing where there is no such limit."""
+    try:
+        import resource
+
+        import psutil
+
+        held = psutil.Process().memory_info().data  # address space with libraries' own buffers; not resident memory
+        before = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (held + num_bytes, before[1]))
+    except (ImportError, ValueError, OSError, AttributeError):
+        yield
+        return
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def has_mallopt() -> bool:

@@ -11,7 +11,6 @@ import copy
 import functools
 import itertools
 import os
-import signal
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -20,14 +19,14 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.utils.data
 
 from goodfit.config.sizes import InputSizes
-from goodfit.core.random import permutation, stream
+from goodfit.core.random import permutation, stream, uniform
 from goodfit.data.augment import AugmentPreset, Placement, crop, fit_into, mirror_into, place
 from goodfit.data.index import DatasetIndex
 from goodfit.data.policy import apply_operations, draw_operations
-from goodfit.data.store import PictureStore
+from goodfit.data.processes import made_in_processes
+from goodfit.data.store import PictureStore, as_audited
 from goodfit.runtime.images import Preprocessing
 
 _ORDER = stream("order")
@@ -48,8 +47,9 @@ class MicroBatch:
 
 
 def epoch_order(
-    rows: npt.NDArray[np.int64], *, seed: int, epoch: int, targets: npt.NDArray[np.int64] | None = None
-) -> npt.NDArray[np.int64]:
+    rows: npt.NDArray[np.int64], *, seed: int, epoch: int, targets: npt.NDArray[np.int64] | None = None,
+    repeats: npt.NDArray[np.float64] | None = None,
+) -> npt.NDArray[np.int64]:  # fmt: skip
     """The samples of an epoch in their order, a function of (seed, epoch) alone.
 
     Args:
@@ -57,7 +57,13 @@ def epoch_order(
         targets: Their classes, for balanced sampling: then every class comes equally often (to within one), rare ones
             again and again, each time as another sample (`row_of` tells its row), and of frequent ones another part in
             every epoch. None takes each row once.
+        repeats: How often each row is to come in relation to the others, at least 1, shape (rows,); what is left of whole numbers is
+            drawn anew in every epoch. An epoch keeps its length.
     """
+    if repeats is not None:
+        counts = np.floor(repeats + uniform(_BALANCE, seed, epoch, rows)).astype(np.int64)
+        samples = np.concatenate([rows[counts > turn] + turn * COPY for turn in range(int(counts.max()))])
+        return samples[permutation(len(samples), _ORDER, seed, epoch)][: len(rows)]
     if targets is None:
         return rows[permutation(len(rows), _ORDER, seed, epoch)]
     classes = np.unique(targets)
@@ -225,12 +231,13 @@ class TrainLoader:
         prefetch: Batches that each loader process makes ahead.
         threads: Threads that cut pictures where there is no loader process.
         balance: Every class equally often.
+        repeats: As `epoch_order` takes them.
         rank, size: This process among how many.
     """
 
     def __init__(
         self, samples: SampleMaker, rows: npt.NDArray[np.int64], *, batch: int, workers: int, threads: int = 1,
-        prefetch: int = 2, balance: bool = False, rank: int = 0, size: int = 1,
+        prefetch: int = 2, balance: bool = False, repeats: npt.NDArray[np.float64] | None = None, rank: int = 0, size: int = 1,
     ) -> None:  # fmt: skip
         self.samples = samples
         self.rows = rows
@@ -239,6 +246,7 @@ class TrainLoader:
         self.prefetch = prefetch
         self.threads = threads
         self._targets = samples.index.targets[rows] if balance else None
+        self._repeats = repeats
         self.rank = rank
         self.size = size
 
@@ -285,31 +293,19 @@ class TrainLoader:
             yield [next(made) for _ in group]
 
     def _order(self, epoch: int) -> npt.NDArray[np.int64]:
-        return epoch_order(self.rows, seed=self.samples.seed, epoch=epoch, targets=self._targets)
+        return epoch_order(self.rows, seed=self.samples.seed, epoch=epoch, targets=self._targets, repeats=self._repeats)
 
     def _make(self, epoch: int, chunks: list[Chunk], closing: bool) -> Iterator[MicroBatch]:
         if self.workers == 0 or not chunks:
             for chunk, size in chunks:
                 yield self.samples.micro_batch(epoch, chunk, size=size, closing=closing, threads=self.threads)
             return
-        yield from torch.utils.data.DataLoader(
-            _EpochChunks(self.samples, epoch, chunks, closing),
-            batch_size=None,
-            num_workers=min(self.workers, len(chunks)),
-            prefetch_factor=self.prefetch,
-            worker_init_fn=_ignore_signals,
-        )
-
-
-def _ignore_signals(_worker: int) -> None:
-    """Signals reach every process of a group; the main one decides what follows, and its workers end with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        yield from made_in_processes(_EpochChunks(self.samples, epoch, chunks, closing), self.workers, self.prefetch)
 
 
 @dataclass(frozen=True, slots=True)
 class _EpochChunks:
-    """One item per micro-batch, for torch's DataLoader, which then only starts processes and keeps the order."""
+    """The micro-batches of an epoch."""
 
     samples: SampleMaker
     epoch: int
@@ -350,6 +346,13 @@ class EvalLoader:
             return 0
         return (len(self.rows) - len(self._kept)) * 3 * self._preprocessing.size**2
 
+    def halve(self) -> bool:
+        """Half as many samples at once from now on. False if there is one at a time already."""
+        if self._batch <= 1:
+            return False
+        self._batch //= 2
+        return True
+
     def __iter__(self) -> Iterator[MicroBatch]:
         with ThreadPoolExecutor(self._threads) as pool:
             for start in range(0, len(self.rows), self._batch):
@@ -360,7 +363,8 @@ class EvalLoader:
     def _pixels(self, row: int) -> npt.NDArray[np.uint8]:
         if self._kept is not None and row in self._kept:
             return self._kept[row]
-        pixels = self._preprocessing.pixels(self._index.file(row))
+        with as_audited():
+            pixels = self._preprocessing.pixels(self._index.file(row))
         if self._kept is not None:
             self._kept[row] = pixels
         return pixels

@@ -21,8 +21,9 @@ import torch.utils.data
 
 from goodfit.core.errors import DataError, RequestError
 from goodfit.core.random import derive_seed, stream
-from goodfit.data.loader import MicroBatch, _ignore_signals, epoch_order
+from goodfit.data.loader import MicroBatch, epoch_order
 from goodfit.data.nested import leaves
+from goodfit.data.processes import made_in_processes
 
 _SAMPLE = stream("sample")
 MOST_SAMPLES = 100_000  # of an iterable that is read into memory ...
@@ -247,7 +248,7 @@ class NoTransform:
 
 @dataclass(frozen=True, slots=True)
 class _Chunks:
-    """One item per micro-batch, for torch's DataLoader, which only starts processes and keeps the order."""
+    """One item per micro-batch."""
 
     samples: Samples
     chunks: list[Chunk]
@@ -266,8 +267,7 @@ class _Chunks:
         if workers == 0 or not self.chunks:
             yield from (self[number] for number in range(len(self)))
             return
-        yield from torch.utils.data.DataLoader(self, batch_size=None, num_workers=min(workers, len(self)),
-                                               prefetch_factor=prefetch, worker_init_fn=_ignore_signals)  # fmt: skip
+        yield from made_in_processes(self, workers, prefetch)
 
 
 class SampleLoader:
@@ -335,6 +335,13 @@ class SampleReader:
         self._seed = seed
         self._workers = workers
         self._prefetch = prefetch
+
+    def halve(self) -> bool:
+        """Half as many samples at once from now on. False if there is one at a time already."""
+        if self._batch <= 1:
+            return False
+        self._batch //= 2
+        return True
 
     def __iter__(self) -> Iterator[MicroBatch]:
         chunks = [self.rows[start : start + self._batch] for start in range(0, len(self.rows), self._batch)]

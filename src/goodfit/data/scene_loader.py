@@ -16,11 +16,11 @@ from goodfit.data.index import DatasetIndex
 from goodfit.data.loader import MicroBatch, each_on_threads, own_threads, row_of
 from goodfit.data.objects import MaskBook, objects_of, padded
 from goodfit.data.scenes import Paste, ScenePreset, compose, cut_boxes, draw_scene
-from goodfit.data.store import PictureStore
+from goodfit.data.store import PictureStore, as_audited
 from goodfit.runtime.letterbox import Letterbox, Place
 from goodfit.runtime.masks import CutMask
 
-COPIES = 1 << 40  # added to a sample's number for the picture that lies upon it: another place, zoom and mirror
+COPIES = 1 << 60  # added to a sample's number for the picture that lies upon it: another place, zoom and mirror
 Collate = Callable[[npt.NDArray[np.uint8], dict[str, Any]], Any]  # images (N, 3, H, W), targets
 
 
@@ -152,6 +152,13 @@ class SceneReader:
             return 0
         return (len(self.rows) - len(self._kept)) * 3 * self._letterbox.width * self._letterbox.height
 
+    def halve(self) -> bool:
+        """Half as many samples at once from now on. False if there is one at a time already."""
+        if self._batch <= 1:
+            return False
+        self._batch //= 2
+        return True
+
     def __iter__(self) -> Iterator[MicroBatch]:
         with ThreadPoolExecutor(self._threads) as pool:
             for start in range(0, len(self.rows), self._batch):
@@ -162,7 +169,8 @@ class SceneReader:
     def _pixels(self, row: int) -> npt.NDArray[np.uint8]:
         if self._kept is not None and row in self._kept:
             return self._kept[row]
-        pixels, _ = self._letterbox.read(self._index.file(row))
+        with as_audited():
+            pixels, _ = self._letterbox.read(self._index.file(row))
         if self._kept is not None:
             self._kept[row] = pixels
         return pixels

@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ SCHEMA = 1
 KEEP = 2  # newest checkpoints kept, beside the best and the pinned ones
 SAVE_SHARE = 0.05  # of the time, for saves that nothing forces
 SAVE_SECONDS = 300.0  # between two checkpoints inside a long epoch
+MAX_FAILURES = 3  # saves in a row that could wait and failed
 
 Tensors = dict[str, torch.Tensor]
 
@@ -35,6 +36,7 @@ class Snapshot:
     files: dict[str, Tensors]  # by file name: model, ema (an average, where one is validated), optimizer, scaler
     progress: dict[str, Any]
     pinned: bool = False
+    versions: dict[str, str] = field(default_factory=dict)  # of the process that wrote it; empty in memory
 
     @property
     def evaluated(self) -> Tensors:
@@ -98,6 +100,7 @@ class Checkpoints:
         self.damaged: list[str] = []
         self._last_save = time.monotonic()
         self._cost = 0.0
+        self._failures = 0
         self._held: dict[str, Snapshot] = {}  # by name: good states that are not on disk yet
         folder.mkdir(parents=True, exist_ok=True)
         self.removed = remove_temporaries(folder)
@@ -146,6 +149,26 @@ class Checkpoints:
         self._cost = time.monotonic() - start
         self._last_save = time.monotonic()
 
+    def try_save(self, snapshot: Snapshot) -> str:
+        """Save where that can wait for the next time, as where a disk is full for the moment.
+
+        Returns:
+            Why it failed; "" if it did not.
+
+        Raises:
+            StorageError: it failed for the third time in a row.
+        """
+        try:
+            self.save(snapshot)
+        except StorageError as error:
+            self._failures += 1
+            self._last_save = time.monotonic()
+            if self._failures >= MAX_FAILURES:
+                raise
+            return error.message
+        self._failures = 0
+        return ""
+
     def latest(self) -> Snapshot | None:
         """The newest valid checkpoint; damaged ones are named in `damaged` and passed over.
 
@@ -176,7 +199,7 @@ class Checkpoints:
                 raise StorageError(f"The checkpoint belongs to another run: its {key} differs.", where=str(path))
         written = read_json(path / "state.json")
         files = {p.stem: load_file(str(p)) for p in sorted(path.glob("*.safetensors"))}
-        return Snapshot(files, written["progress"], bool(written["pinned"]))
+        return Snapshot(files, written["progress"], bool(written["pinned"]), dict(written.get("versions", {})))
 
     def load_state(self, place: dict[str, Any]) -> Snapshot:
         """A state that progress refers to (its best, its reference), from memory or from the disk; raises as load."""

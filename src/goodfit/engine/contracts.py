@@ -80,3 +80,6 @@ class EvaluationData(Protocol):
     """Micro-batches of a split, each sample once."""
 
     def __iter__(self) -> Iterator[Any]: ...
+
+    def halve(self) -> bool:
+        """Half as many samples at once from now on. False if there is one at a time already."""

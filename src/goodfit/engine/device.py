@@ -13,7 +13,7 @@ import torch
 
 from goodfit.config.facts import MachineFacts
 from goodfit.core.errors import RequestError
-from goodfit.core.machine import has_mallopt, num_cores, peak_memory, processor_name
+from goodfit.core.machine import has_mallopt, num_cores, peak_memory, processor_name, reset_peak_memory
 from goodfit.core.places import cache_folder, free_bytes
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -169,6 +169,8 @@ class DevicePolicy:
         From ordinary memory a copy to a GPU waits for all that was queued before it, from pinned memory it does not.
         """
         if isinstance(data, torch.Tensor):
+            if self.kind == "mps" and data.dtype == torch.float64:
+                return data  # it has none; what is that exact is for the meters, which work on the host
             if self.kind == "cuda" and data.device.type == "cpu":
                 data = data.pin_memory()  # torch reuses the pinned blocks
             return data.to(self.torch_device, non_blocking=True)
@@ -202,6 +204,24 @@ class DevicePolicy:
         if self.kind == "cuda":
             return int(torch.cuda.max_memory_allocated())
         return peak_memory()
+
+    def reset_peak_memory(self) -> None:
+        """Let `peak_memory` begin anew, with what is held now."""
+        if self.kind == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        reset_peak_memory()
+
+    def hand_back(self) -> None:
+        """Give memory that torch keeps for later back to the device."""
+        if self.kind == "cuda":
+            torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: on a GPU, in torch's CPU allocator, or in NumPy's and Python's."""
+    text = str(error).lower()
+    told = "out of memory" in text or "can't allocate memory" in text
+    return told or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def allow_tf32(allowed: bool) -> None:

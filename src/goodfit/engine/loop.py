@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import sys
-import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
 
-from goodfit.core.errors import OutOfMemory, Stopped, TrainingError
+from goodfit.core.errors import GoodfitError, OutOfMemory, Stopped, TrainingError
 from goodfit.core.journal import Journal
-from goodfit.engine.budget import TimeBudget
-from goodfit.engine.checkpoint import Checkpoints, restore, take_snapshot
+from goodfit.engine.checkpoint import Checkpoints, Snapshot, restore, take_snapshot
 from goodfit.engine.clock import Clock
 from goodfit.engine.contracts import EvaluationData, TrainingData
-from goodfit.engine.device import HostCopy
+from goodfit.engine.device import is_out_of_memory
+from goodfit.engine.epoch import Epoch
 from goodfit.engine.evaluate import evaluate
 from goodfit.engine.policy import (
     COOL_DOWN,
@@ -33,13 +32,11 @@ from goodfit.engine.policy import (
 )
 from goodfit.engine.schedule import Schedule
 from goodfit.engine.state import TrainState, copy_buffers, restore_buffers
-from goodfit.engine.step import StepContext, StepRecord, train_step
+from goodfit.engine.step import StepContext, train_step
 from goodfit.engine.stop import StopFlag
 from goodfit.engine.swa import average_weights
 
-MAX_BAD_STEPS = 20  # masked steps in a row that end the run
 NEVER_FINITE = 10  # validations without a finite loss, from the first on, that end the run
-EVENT_SECONDS = 0.5  # between two step events
 
 
 def fit(
@@ -47,7 +44,6 @@ def fit(
     checkpoints: Checkpoints, journal: Journal, stop: StopFlag,
 ) -> None:  # fmt: skip
     """Train until the schedule ends or patience has cooled the run down, and leave the best state on disk.
-
     Can be entered from any checkpoint: everything that matters is in `state`.
 
     Raises:
@@ -64,14 +60,18 @@ def fit(
         remaining = train.groups(progress.epoch, progress.position, progress.num_micro, closing=progress.closing)
         with closing(remaining) as groups:  # whatever ends the epoch, loader processes end with it
             epoch.start()
-            while not out_of_memory and not epoch.is_over() and (group := next(groups, None)) is not None:
+            while (
+                not out_of_memory
+                and not epoch.is_over()
+                and (group := _next(groups, state, checkpoints, epoch)) is not None
+            ):
                 clock.spend("data")
                 if progress.step == progress.schedule.stable_until and progress.step > 0:
                     _save(state, checkpoints, epoch, pinned=True)  # extensions and cool-downs start here
                 buffers = copy_buffers(state.model)
                 try:
                     record = train_step(state, context, group, progress.schedule.factor(progress.step), buffers)
-                except (torch.OutOfMemoryError, RuntimeError) as error:
+                except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
                     del group
@@ -86,19 +86,15 @@ def fit(
                 if context.ranks.any(stop()):
                     _save_and_stop(state, checkpoints, epoch, stop)
                 if context.ranks.any(checkpoints.is_overdue()):
-                    _save(state, checkpoints, epoch)
+                    _try_save(state, checkpoints, epoch)
                 clock.spend("host")
         clock.spend("other" if out_of_memory else "data")  # loader processes have ended
         if out_of_memory:
             continue  # the same batch again, in smaller parts
         epoch.drain()
         measured = epoch.finish(context)
-        average_weights(state, train, context)
-        meter = evaluate(state.evaluated, val, task=context.task, transform=context.transform, device=context.device,
-                         ranks=context.ranks, stop=stop)  # fmt: skip
-        if meter is None:
-            _save_and_stop(state, checkpoints, epoch, stop)
-        _close_epoch(state, meter.compute(), measured, settings=settings, checkpoints=checkpoints, journal=journal,
+        metrics = _validate(state, context, train, val, checkpoints=checkpoints, epoch=epoch, stop=stop)
+        _close_epoch(state, metrics, measured, settings=settings, checkpoints=checkpoints, journal=journal,
                      train=train, epoch=epoch)  # fmt: skip
         if not state.progress.finished and context.ranks.any(stop()):
             _save_and_stop(state, checkpoints, epoch, stop)
@@ -107,19 +103,33 @@ def fit(
 def _enter(
     state: TrainState, context: StepContext, settings: FitSettings, checkpoints: Checkpoints, journal: Journal,
     train: TrainingData,
-) -> tuple[_Epoch, Clock, FitSettings]:  # fmt: skip
+) -> tuple[Epoch, Clock, FitSettings]:  # fmt: skip
     """The clock and records, and the settings with what the context knows; an extension is made where a kill came between its two
     checkpoints."""
-    epoch = _Epoch(state, journal, Clock(), settings.time)
+    epoch = Epoch(state, journal, Clock(), settings.time)
     settings = replace(settings, thawed=context.freezing.starts[-1])
     if state.step and state.progress.position == 0 and not state.progress.finished:
         _go_on_longer(state, settings, checkpoints, journal, train, epoch)
     return epoch, epoch.clock, settings
 
 
+def _validate(
+    state: TrainState, context: StepContext, train: TrainingData, val: EvaluationData, *, checkpoints: Checkpoints, epoch: Epoch,
+    stop: StopFlag,
+) -> dict[str, float]:  # fmt: skip
+    """The figures of validation, on the average where there is one. Raises Stopped, with a checkpoint, if that was asked for half-way."""
+    average_weights(state, train, context)
+    with _saved_if_it_fails(state, checkpoints, epoch):
+        meter = evaluate(state.evaluated, val, task=context.task, transform=context.transform, device=context.device,
+                         ranks=context.ranks, stop=stop)  # fmt: skip
+    if meter is None:
+        _save_and_stop(state, checkpoints, epoch, stop)
+    return meter.compute()
+
+
 def _close_epoch(
     state: TrainState, metrics: dict[str, float], measured: dict[str, float], *, settings: FitSettings,
-    checkpoints: Checkpoints, journal: Journal, train: TrainingData, epoch: _Epoch,
+    checkpoints: Checkpoints, journal: Journal, train: TrainingData, epoch: Epoch,
 ) -> None:  # fmt: skip
     """Take note of a validation, and decide what follows: the next epoch, a cool-down, or the end.
 
@@ -148,14 +158,16 @@ def _close_epoch(
         checkpoints.hold(take_snapshot(state))
         clock.spend("saving")
     _go_on(state, settings, checkpoints, journal, train, epoch)
-    if state.progress.finished or checkpoints.is_due():
+    if state.progress.finished:
         _save(state, checkpoints, epoch)
-        journal.emit("checkpoint", name=take_name(state), saving_seconds=clock.spent("saving"))
+    elif not checkpoints.is_due() or not _try_save(state, checkpoints, epoch):
+        return
+    journal.emit("checkpoint", name=take_name(state), saving_seconds=clock.spent("saving"))
 
 
 def _go_on(
     state: TrainState, settings: FitSettings, checkpoints: Checkpoints, journal: Journal, train: TrainingData,
-    epoch: _Epoch,
+    epoch: Epoch,
 ) -> None:  # fmt: skip
     """What follows an epoch: the end, a cool-down, an extension, or just the next one."""
     progress = state.progress
@@ -177,7 +189,7 @@ def _go_on(
 
 def _go_on_longer(
     state: TrainState, settings: FitSettings, checkpoints: Checkpoints, journal: Journal, train: TrainingData,
-    epoch: _Epoch,
+    epoch: Epoch,
 ) -> None:  # fmt: skip
     """Extend a run that still improves and whose rate would fall in the next epoch."""
     if why := reason_to_extend(state.progress, settings, train.steps_per_epoch):
@@ -185,13 +197,54 @@ def _go_on_longer(
         _save(state, checkpoints, epoch)
 
 
-def _save(state: TrainState, checkpoints: Checkpoints, epoch: _Epoch, *, pinned: bool = False) -> None:
+def _save(state: TrainState, checkpoints: Checkpoints, epoch: Epoch, *, pinned: bool = False) -> None:
+    checkpoints.save(_snapshot(state, epoch, pinned=pinned))
+    epoch.clock.spend("saving")
+
+
+def _try_save(state: TrainState, checkpoints: Checkpoints, epoch: Epoch) -> bool:
+    """Save where that can wait, and say if it failed. Returns whether it did not."""
+    problem = checkpoints.try_save(_snapshot(state, epoch))
+    epoch.clock.spend("saving")
+    if problem:
+        epoch.journal.emit(
+            "stage", name="saving", text=f"no checkpoint at step {state.step}: {problem} The next try follows."
+        )
+    return not problem
+
+
+def _snapshot(state: TrainState, epoch: Epoch, *, pinned: bool = False) -> Snapshot:
     epoch.drain()
     epoch.clock.spend("host")
     if epoch.time is not None:
         state.progress.seconds = epoch.time.spent()
-    checkpoints.save(take_snapshot(state, pinned=pinned))
-    epoch.clock.spend("saving")
+    return take_snapshot(state, pinned=pinned)
+
+
+@contextmanager
+def _saved_if_it_fails(state: TrainState, checkpoints: Checkpoints, epoch: Epoch) -> Iterator[None]:
+    """Around what reads files and runs in loader processes: if it fails, nothing that was learned is lost."""
+    try:
+        yield
+    except Exception as error:
+        kept = "the last checkpoint"
+        with suppress(Exception):  # as where the disk is full, or the device is lost: the error itself counts
+            _save(state, checkpoints, epoch)
+            kept = f"checkpoint {take_name(state)}"
+        if isinstance(error, GoodfitError):
+            error.kept = kept
+            if "resume" not in error.next and not isinstance(error, OutOfMemory):
+                error.next = f"{error.next}, then goodfit resume RUN" if error.next else "goodfit resume RUN"
+        elif str(error).startswith("DataLoader worker"):
+            raise TrainingError(f"A loader process died: {str(error).strip().splitlines()[-1]}", kept=kept,
+                                next="goodfit resume RUN workers=0, if memory or /dev/shm was too small for them") from error  # fmt: skip
+        raise
+
+
+def _next(groups: Iterator[Any], state: TrainState, checkpoints: Checkpoints, epoch: Epoch) -> Any:
+    """The next batch's micro-batches; None after the last."""
+    with _saved_if_it_fails(state, checkpoints, epoch):
+        return next(groups, None)
 
 
 def take_name(state: TrainState) -> str:
@@ -229,7 +282,7 @@ def _cool_down(state: TrainState, checkpoints: Checkpoints, journal: Journal, tr
 
 
 def _extend(
-    state: TrainState, settings: FitSettings, checkpoints: Checkpoints, journal: Journal, epoch: _Epoch,
+    state: TrainState, settings: FitSettings, checkpoints: Checkpoints, journal: Journal, epoch: Epoch,
     train: TrainingData, why: str,
 ) -> None:  # fmt: skip
     """Twice as long, with the same optimizer state and rate; the state before it is pinned."""
@@ -242,16 +295,10 @@ def _extend(
             reason=f"{why}: extended to {epochs} epochs")  # fmt: skip
 
 
-def _save_and_stop(state: TrainState, checkpoints: Checkpoints, epoch: _Epoch, stop: StopFlag) -> NoReturn:
+def _save_and_stop(state: TrainState, checkpoints: Checkpoints, epoch: Epoch, stop: StopFlag) -> NoReturn:
     _save(state, checkpoints, epoch)
     raise Stopped(f"Stopped at step {state.step}, in epoch {state.progress.epoch + 1}.", exit_code=stop.exit_code,
                   kept=f"checkpoint {take_name(state)}", next="goodfit resume RUN")  # fmt: skip
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or in torch's CPU allocator."""
-    text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
 def halve_micro_batch(state: TrainState, train: TrainingData, journal: Journal, context: StepContext) -> None:
@@ -269,88 +316,7 @@ def halve_micro_batch(state: TrainState, train: TrainingData, journal: Journal, 
                           next="use a smaller imgsz= or model=, or precision=bf16")  # fmt: skip
     state.optimizer.zero_grad(set_to_none=True)
     progress.num_micro = min(2 * progress.num_micro, most)
-    if context.device.kind == "cuda":
-        torch.cuda.empty_cache()
+    context.device.hand_back()
     journal.step = progress.step
     journal.emit("decision", name="accumulate", value=progress.num_micro, source="measured",
                  reason="memory ran out: smaller micro-batches, same batch")  # fmt: skip
-
-
-class _Epoch:
-    """The records of the epoch in progress: each is read one step late, so that the device is never waited for."""
-
-    def __init__(self, state: TrainState, journal: Journal, clock: Clock, budget: TimeBudget | None = None) -> None:
-        self._state = state
-        self._journal = journal
-        self.clock = clock
-        self.time = budget
-        self._pending: tuple[StepRecord, HostCopy] | None = None
-        self._last_event = 0.0
-        self._began = self._saved = 0.0
-        self._samples = 0
-
-    def start(self) -> None:
-        self._began = self.clock.spend("host")
-        self._saved = self.clock.spent("saving")
-        self._samples = 0
-        if self.time is not None:
-            self.time.begin_epoch(self._state.step)
-
-    def is_over(self) -> bool:
-        """Whether the schedule ends here, which a time budget may let it do in mid-epoch."""
-        return self._state.step >= self._state.progress.schedule.total_steps
-
-    def add(self, record: StepRecord) -> None:
-        values = HostCopy([record.loss, record.grad_norm, record.bad])
-        self.drain()
-        self._pending = record, values
-        self._samples += record.num_samples
-
-    def drain(self) -> None:
-        """Read the record that is waiting. A device that works beside the host shows here how long it took.
-
-        Raises:
-            TrainingError: too many steps in a row were not finite.
-        """
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        record, values = pending
-        progress = self._state.progress
-        self._journal.step, self._journal.segment = record.step, progress.segment
-        self.clock.spend("host")
-        loss, grad_norm, bad = values.read()
-        self.clock.spend("step")
-        if bad:
-            progress.bad_in_a_row += 1
-            overflow = self._state.loss_scale.active and math.isfinite(loss)
-            if not overflow:
-                samples = record.samples.tolist()
-                progress.skipped.append({"step": record.step, "samples": samples})
-                self._journal.emit("step", loss=loss, grad_norm=grad_norm, lr=record.lr,
-                                   skipped=True, samples=samples)  # fmt: skip
-            if progress.bad_in_a_row >= MAX_BAD_STEPS:
-                raise _diverged(progress.step, progress.bad_in_a_row)
-            return
-        progress.bad_in_a_row = 0
-        progress.loss_sum += loss * record.num_samples
-        progress.loss_count += record.num_samples
-        if time.monotonic() - self._last_event >= EVENT_SECONDS:
-            self._last_event = time.monotonic()
-            self._journal.emit("step", loss=loss, grad_norm=grad_norm, lr=record.lr,
-                               epoch=progress.epoch, total_steps=progress.schedule.total_steps,
-                               rate=self._samples / max(1e-9, time.monotonic() - self._began))  # fmt: skip
-
-    def finish(self, context: StepContext) -> dict[str, float]:
-        """Seconds of the epoch's training part without what was saved in it, the rate, and peak memory so far (bytes)."""
-        seconds = self.clock.spend("host") - self._began - (self.clock.spent("saving") - self._saved)
-        rate = self._samples / seconds if self._samples else 0.0
-        return {"train_seconds": seconds, "samples_per_second": rate, "memory": context.device.peak_memory()}
-
-
-def _diverged(step: int, count: int) -> TrainingError:
-    return TrainingError(
-        f"{count} updates in a row were not finite, up to step {step}: training has diverged.",
-        kept="the last checkpoint, and the best; none of them holds a value that is not finite",
-        next="use a lower lr=, or precision=fp32; the samples are named in events.jsonl",
-    )

@@ -56,17 +56,24 @@ def measure_batches_here(
 ) -> list[BatchCost]:  # fmt: skip
     """Time the step at growing batch sizes on a copy of a module, as measure_batches does.
 
-    On the CPU, memory is that of this process beyond its earlier peak: too little where it once held more.
+    Memory is the largest beyond what is held at the start; on the CPU, of this process.
 
     Args:
         group_of: A batch of so many samples.
-        memory: Bytes that a batch may take.
+        memory: Bytes that a batch may take. On the CPU no size is begun that would take more by the one before it: the system would
+            end this process.
         seconds: After this many no further size is begun.
     """
+    found: list[BatchCost] = []
+    context.device.reset_peak_memory()
     held = context.device.peak_memory()
-    with copied_state(model, context, build_optimizer, ema=ema) as state:
-        made = measure_batches(state, context, lambda num: [group_of(num)], sizes, memory, seconds, held)
-        return list(latest(made))
+    with contextlib.suppress(MemoryError), copied_state(model, context, build_optimizer, ema=ema) as state:
+        careful = context.device.kind == "cpu"
+        for cost in measure_batches(
+            state, context, lambda num: [group_of(num)], sizes, memory, seconds, held, careful=careful
+        ):
+            found.append(cost)
+    return list(latest(found))
 
 
 def measure_ways_here(

@@ -143,15 +143,26 @@ def _validation(state: TrainState, context: StepContext, val: EvaluationData) ->
     """Seconds per validation sample, the second time: most are kept by then."""
     for _ in range(2):
         start = time.perf_counter()
-        count = 0
-
-        def some() -> Iterator[Any]:
-            nonlocal count
-            for micro in itertools.islice(val, VAL_BATCHES):
-                count += len(micro.samples)
-                yield micro
-
-        evaluate(state.evaluated, some(), task=context.task, transform=context.transform, device=context.device,
+        some = _Some(val)
+        evaluate(state.evaluated, some, task=context.task, transform=context.transform, device=context.device,
                  ranks=context.ranks)  # fmt: skip
         seconds = time.perf_counter() - start
-    return seconds / max(1, count)
+    return seconds / max(1, some.count)
+
+
+class _Some:
+    """The first batches of a split, counted."""
+
+    def __init__(self, val: EvaluationData) -> None:
+        self._val = val
+        self.count = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.count = 0
+        for micro in itertools.islice(self._val, VAL_BATCHES):
+            self.count += len(micro.samples)
+            yield micro
+
+    def halve(self) -> bool:
+        """Never: beside the run's state there is a copy of it here, so that less fits than in the run."""
+        return False

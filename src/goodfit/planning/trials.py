@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from goodfit.engine.contracts import BatchTransform, Micro
-from goodfit.engine.loop import is_out_of_memory
+from goodfit.engine.device import is_out_of_memory
 from goodfit.engine.state import TrainState, copy_buffers
 from goodfit.engine.step import StepContext, train_step
 from goodfit.planning.checks import Check
