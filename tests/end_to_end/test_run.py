@@ -8,9 +8,11 @@ import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import venv
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -21,6 +23,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import goodfit
+from goodfit.api.finish import open_test
+from goodfit.api.train import reopen
+from goodfit.core.journal import Journal
+from goodfit.engine.checkpoint import Checkpoints
 from goodfit.runtime import Predictor
 from pictures import REPOSITORY, draw, folder_hash
 
@@ -215,6 +221,34 @@ def test_one_more_look_is_counted(bars, tmp_path):
     assert goodfit.test(run.path)["metrics"]["test"]["look"] == 2
     other = goodfit.train(bars, epochs=1, project=project, batch=16, rehearse=False, name="b", seed=1)
     assert other.metrics["test"]["look"] == 3, "the same test split, looked at by another run"
+
+
+def test_a_test_file_that_changed_is_noticed_before_the_look(finished, bars, tmp_path):
+    parts = reopen(finished, Journal(None))
+    shutil.copytree(bars, tmp_path / "data")
+    parts = replace(parts, index=replace(parts.index, root=tmp_path / "data"))
+    _, rows = open_test(finished, parts)
+    parts.index.file(int(rows[0])).write_bytes(b"another picture")
+    with pytest.raises(goodfit.DataError, match="1 files of the test split changed"):
+        open_test(finished, parts)
+
+
+def test_resuming_with_another_torch_is_said(finished, tmp_path, monkeypatch):
+    from goodfit.api import train
+
+    monkeypatch.setattr(train, "versions", lambda: {"torch": "99.0", "python": "3.99"})
+    journal = Journal(tmp_path / "events.jsonl")
+    parts = reopen(finished, Journal(None))
+    train.continue_from(
+        parts, Checkpoints(finished.path / "checkpoints", parts.hashes), journal, finished.path / "events.jsonl"
+    )
+    journal.close()
+    (said,) = [
+        e["text"]
+        for e in map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
+        if e["event"] == "stage"
+    ]
+    assert f"torch {torch.__version__}, now 99.0" in said and "machine" not in said
 
 
 def test_data_is_never_changed(finished, bars):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -332,6 +336,21 @@ def test_balanced_order_is_even_new_in_every_epoch_and_exact():
     assert len(seen) == 90, "all of the frequent class are seen within a few epochs"
 
 
+def test_rows_that_repeat_come_as_often_as_asked_and_an_epoch_keeps_its_length():
+    rows = np.arange(10, 50)
+    repeats = np.where(rows < 14, 3.5, 1.0)
+    seen = np.zeros(60)
+    for epoch in range(400):
+        order = epoch_order(rows, seed=1, epoch=epoch, repeats=repeats)
+        assert np.array_equal(order, epoch_order(rows, seed=1, epoch=epoch, repeats=repeats))
+        assert len(order) == 40 and len(np.unique(order)) == 40  # a further copy is another sample
+        seen += np.bincount(row_of(order), minlength=60)
+    ratio = seen[10:14].mean() / seen[14:50].mean()
+    assert ratio == pytest.approx(3.5, rel=0.05)
+    plain = epoch_order(rows, seed=1, epoch=0, repeats=np.ones(40))
+    assert np.array_equal(np.sort(plain), rows)
+
+
 def test_disk_cache_is_shared_kept_whole_and_makes_room(make_images, tmp_path, monkeypatch):
     folder = tmp_path / "cache"
     monkeypatch.setenv("GOODFIT_CACHE_DIR", str(folder))
@@ -350,6 +369,44 @@ def test_disk_cache_is_shared_kept_whole_and_makes_room(make_images, tmp_path, m
     with pytest.raises(StorageError, match="free"):
         other.warm(1)
     assert not list(folder.glob(".tmp*"))
+
+
+def test_what_killed_writers_of_a_cache_left_is_deleted(make_images, tmp_path, monkeypatch):
+    """Of a process that is gone, after an hour without a touch; that of another machine may still grow, and so may a living one's."""
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    monkeypatch.setenv("GOODFIT_CACHE_DIR", str(folder))
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    old = time.time() - 7200
+    names = {f".tmp-pictures-1-a.bin-{gone.pid}": old, f".tmp-pictures-1-b.bin-{gone.pid}": time.time(),
+             f".tmp-pictures-1-c.bin-{os.getpid()}": old}  # fmt: skip
+    for name, when in names.items():
+        (folder / name).write_bytes(b"half")
+        os.utime(folder / name, (when, when))
+    _, _, index = prepare(make_images(20))
+    PictureStore(index, index.rows("train"), imgsz=16, cache="disk").warm(1)
+    assert sorted(p.name for p in folder.glob(".tmp*")) == sorted(names)[1:]
+
+
+def test_runs_inside_the_data_are_none_of_it(tmp_path):
+    """`goodfit train .`, and once more: the runs of the first are no class of the second."""
+    for kind in ("a", "b"):
+        for number in range(3):
+            folder = tmp_path / kind
+            folder.mkdir(exist_ok=True)
+            draw(number, 0, 16).save(folder / f"{number}.png")
+    for run, files in {"runs/x-1": ("events.jsonl", "request.yaml"), "runs/x-audit-1": ("audit.json", "audit.html", "split.csv"),
+                       "a/x-2": ("events.jsonl", "audit.json")}.items():  # fmt: skip
+        (tmp_path / run / "plots").mkdir(parents=True)
+        draw(9, 0, 16).save(tmp_path / run / "plots" / "loss.png")
+        for name in files:
+            (tmp_path / run / name).write_text("{}")
+    found = read_dataset(tmp_path, How())
+    assert found.index.class_names == ("a", "b") and len(found.index) == 6
+    (tmp_path / "runs" / "mine").mkdir()
+    draw(9, 0, 16).save(tmp_path / "runs" / "mine" / "one.png")  # a person's own, beside runs
+    assert read_dataset(tmp_path, How()).index.class_names == ("a", "b", "runs")
 
 
 def test_a_broken_file_leaves_no_half_cache(make_images, tmp_path, monkeypatch):

@@ -12,22 +12,24 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import load_file
 
-from goodfit.api.assemble import ImageParts, Parts
+from goodfit.api.assemble import FitParts, ImageParts, Parts
 from goodfit.api.detect_parts import DetectParts
 from goodfit.api.folder import AUDIT, PLAN, Run, load_request
 from goodfit.api.latency import typical_files
 from goodfit.api.prepare import stage
 from goodfit.api.verdict import compare_projection, judge_time
 from goodfit.config.plan import Plan
-from goodfit.core.history import bare_rate, stage_found, stage_seconds, training_rate
+from goodfit.core.errors import DataError
+from goodfit.core.history import epochs_of, stage_found, stage_seconds, training_rate
 from goodfit.core.journal import Journal
 from goodfit.core.random import permutation, stream
 from goodfit.core.safeio import read_json, write_json
+from goodfit.data.checks.audit import changed_files
 from goodfit.data.index import DatasetIndex, data_hash
 from goodfit.data.reading import How
 from goodfit.data.split import SealedTest, subset
 from goodfit.engine.checkpoint import Checkpoints, tensors_sha256
-from goodfit.engine.device import DevicePolicy
+from goodfit.engine.device import DevicePolicy, is_out_of_memory
 from goodfit.engine.evaluate import evaluate
 from goodfit.metrics.classification import ClassificationMeter
 from goodfit.models.builder import build_network
@@ -41,9 +43,11 @@ from goodfit.outcome.report import write_report
 from goodfit.planning.projection import describe_outcome
 
 _PARITY = stream("parity")
+_PROBED = stream("probed")
 NUM_PICTURES = 16
 LR_RANGE = "lr_range.png"
 LR = "lr.png"
+PROBE_SAMPLES = 10_000  # of training, and of validation, that the linear probe looks at, at most
 TRAIN_SAMPLES = 1000  # training images that the finished model is measured on, at most
 
 
@@ -101,15 +105,30 @@ def precisely(plan: Plan) -> DevicePolicy:
     return DevicePolicy(kind=plan.device.value, precision="fp32", channels_last=plan.channels_last.value)
 
 
+def open_test(run: Run, parts: ImageParts) -> tuple[SealedTest, npt.NDArray[np.int64]]:
+    """The seal of a run's test split and its rows, for the final test.
+
+    Raises:
+        DataError: the split is not the one that was sealed, or its files changed since.
+    """
+    sealed = SealedTest(read_json(run.path / AUDIT)["data"]["test_sha256"])
+    rows = sealed.open(parts.index)
+    changed = changed_files(parts.index, rows)
+    if changed:
+        raise DataError(f"{len(changed)} files of the test split changed since it was sealed (first: {changed[0]}).",
+                        where=str(parts.index.root), kept="the trained weights, in checkpoints/best; no look was counted",
+                        next="put the files back, then goodfit resume RUN")  # fmt: skip
+    return sealed, rows
+
+
 def final_test(run: Run, parts: Parts, journal: Journal) -> dict[str, Any]:
     """Open the sealed split, count the look, test the model in float32 as it will be served, and write test.json.
 
     Raises:
-        DataError: the test split is not the one that was sealed.
+        DataError: the test split is not the one that was sealed, or its files changed.
     """
     with stage(journal, "test") as note:
-        sealed = SealedTest(read_json(run.path / AUDIT)["data"]["test_sha256"])
-        rows = sealed.open(parts.index)
+        sealed, rows = open_test(run, parts)
         model = parts.state.model
         digest = tensors_sha256({"": dict(model.state_dict())})
         look = count_look(run.path, sealed.sha256, weights_sha256=digest)
@@ -117,7 +136,7 @@ def final_test(run: Run, parts: Parts, journal: Journal) -> dict[str, Any]:
         meter = evaluate(model, parts.eval_loader(rows), task=parts.task, transform=parts.context.transform,
                          device=precise, ranks=parts.context.ranks)  # fmt: skip
         assert isinstance(meter, ClassificationMeter)
-        probe, what = _probe(parts, rows, precise)
+        probe, what = _probe_if_it_fits(parts, rows, precise)
         index = parts.index
         result = final_result(meter, class_names=index.class_names, look=look, probe=probe, probe_reason=what,
                               majority=majority_class(index.targets[index.rows("train")]),
@@ -141,6 +160,19 @@ def describe_test(result: dict[str, Any]) -> str:
     )
 
 
+def _probe_if_it_fits(
+    parts: Parts, test_rows: npt.NDArray[np.int64], device: DevicePolicy
+) -> tuple[ProbeResult | None, str]:
+    """The probe, or why there is none: a comparison must not cost the test that it stands beside."""
+    try:
+        return _probe(parts, test_rows, device)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        device.hand_back()
+        return None, "memory ran out"
+
+
 def _probe(parts: Parts, test_rows: npt.NDArray[np.int64], device: DevicePolicy) -> tuple[ProbeResult | None, str]:
     """A linear probe on the backbone as it was before training."""
     network, _ = build_network(parts.plan, parts.index.class_names)
@@ -153,11 +185,14 @@ def _probe(parts: Parts, test_rows: npt.NDArray[np.int64], device: DevicePolicy)
         return backbone_features(network, batches)
 
     index = parts.index
-    train, val = parts.train.rows, index.rows("val")
+    plan, val = parts.plan, index.rows("val")
+    train = subset(index, min(plan.fraction.value, PROBE_SAMPLES / len(index.rows("train"))), plan.split_seed.value)
+    val = val[permutation(len(val), _PROBED, plan.split_seed.value)[:PROBE_SAMPLES]]
     probe = linear_probe((features(train), index.targets[train]), (features(val), index.targets[val]),
                          features(test_rows), len(index.class_names))  # fmt: skip
-    start = "pretrained" if parts.plan.pretrained.value != "false" else "randomly initialised"
-    return probe, f"logistic regression on the frozen, {start} {parts.plan.model.value}"
+    few = f", on {len(train):,} training images" if len(train) < len(parts.train.rows) else ""
+    start = "pretrained" if plan.pretrained.value != "false" else "randomly initialised"
+    return probe, f"logistic regression on the frozen, {start} {plan.model.value}{few}"
 
 
 def bundle_stage(run: Run, parts: Parts, journal: Journal, test: dict[str, Any]) -> dict[str, Any]:
@@ -243,7 +278,7 @@ def report_stage(run: Run, parts: Parts, journal: Journal, test: dict[str, Any],
         plots = run.path / "plots"
         plots.mkdir(exist_ok=True)
         events = run.events
-        epochs = [e for e in events if e["event"] == "epoch"]
+        epochs = epochs_of(events)
         plot_results(epochs, plots / "results.png")
         plot_confusion(test["confusion"], parts.index.class_names, plots / "confusion_matrix.png")
         audit = read_json(run.path / AUDIT)
@@ -258,7 +293,7 @@ def report_stage(run: Run, parts: Parts, journal: Journal, test: dict[str, Any],
             "gain": test["accuracy"] - probe["accuracy"] if probe else None,
             "training": f"{len(epochs)} epochs, {parts.state.progress.step} steps; the best state is that of epoch "
                         f"{best.get('epoch', 0) + 1}; {len(parts.state.progress.skipped)} updates left out.",
-            "gap": {name: found for name, found in gap.items() if found}, "rate": rate(run),
+            "gap": {name: found for name, found in gap.items() if found}, "rate": rate(run, parts),
             "seconds": stage_seconds(events), "commands": commands(run),
             "versions": library_versions(), "time": judge_time(run, parts).to_dict(),
             "projection": describe_outcome(**compare_projection(run)),
@@ -270,11 +305,13 @@ def report_stage(run: Run, parts: Parts, journal: Journal, test: dict[str, Any],
         note.text = str(run.path / "report.html")
 
 
-def rate(run: Run) -> dict[str, float]:
-    """Samples per second of training, and its share of the bare step that the rehearsal measured (0 without one)."""
-    events = run.events
-    speed, bare = training_rate(events), bare_rate(events)
-    return {"samples_per_second": speed, "share_of_bare": speed / bare if bare else 0.0}
+def rate(run: Run, parts: FitParts) -> dict[str, float]:
+    """Samples per second of training, and its share of the bare step that the rehearsal measured (0 without one), inputs of several
+    sizes weighed by their pixels."""
+    return {
+        "samples_per_second": training_rate(run.events),
+        "share_of_bare": judge_time(run, parts).share_of_bare or 0.0,
+    }
 
 
 def commands(run: Run) -> list[str]:
@@ -304,7 +341,7 @@ def write_result(run: Run, parts: Parts, checkpoints: Checkpoints, test: dict[st
         "task": parts.plan.task.value,
         "run": str(run.path),
         "bundle": str(run.bundle),
-        "epochs": sum(e["event"] == "epoch" for e in events),
+        "epochs": len(epochs_of(events)),
         "steps": progress.step,
         "metrics": {
             "train": training_metrics(run),
@@ -317,7 +354,7 @@ def write_result(run: Run, parts: Parts, checkpoints: Checkpoints, test: dict[st
         },
         "weights_sha256": tensors_sha256({"": load_file(str(run.bundle / "model.safetensors"))}),
         "state_sha256": tensors_sha256(last.files),
-        "rate": rate(run),
+        "rate": rate(run, parts),
         "seconds": stage_seconds(events),
         "utilisation": judge_time(run, parts).to_dict(),
         "projection": compare_projection(run),

@@ -15,7 +15,7 @@ from goodfit.api.module_parts import ModuleParts
 from goodfit.api.prepare import stage
 from goodfit.api.verdict import compare_projection, judge_time
 from goodfit.config.module import decided
-from goodfit.core.history import stage_seconds
+from goodfit.core.history import epochs_of, stage_seconds
 from goodfit.core.journal import Journal
 from goodfit.core.safeio import read_json, write_bytes, write_json
 from goodfit.data.samples import TensorSamples
@@ -90,14 +90,14 @@ def _report(run: Run, parts: ModuleParts, journal: Journal, test: dict[str, Any]
         plots = run.path / "plots"
         plots.mkdir(exist_ok=True)
         events = run.events
-        epochs = [e for e in events if e["event"] == "epoch"]
+        epochs = epochs_of(events)
         plot_results(epochs, plots / "results.png")
         progress = parts.state.progress
         best = progress.best or {}
         figures = ("n", "look", "low", "high", "interval", "sealed")
         facts = {
             "name": run.path.name, "splits": {name: len(samples) for name, samples in parts.splits.named().items()},
-            "format": parts.splits.train.format, "findings": [], "gap": {}, "test": test, "rate": rate(run),
+            "format": parts.splits.train.format, "findings": [], "gap": {}, "test": test, "rate": rate(run, parts),
             "figures": {name: {"val": value, "test": test.get(name)} for name, value in best.get("metrics", {}).items()
                         if name not in figures},
             "warnings": [e["text"] for e in events if e["event"] == "warning"],
@@ -130,11 +130,11 @@ def _write_result(run: Run, parts: ModuleParts, checkpoints: Checkpoints, test: 
     weights: dict[str, torch.Tensor] = load_file(str(run.path / WEIGHTS))
     result = {
         "status": "done", "task": "module", "run": str(run.path), "weights": str(run.path / WEIGHTS), "bundle": None,
-        "epochs": sum(e["event"] == "epoch" for e in events), "steps": progress.step,
+        "epochs": len(epochs_of(events)), "steps": progress.step,
         "metrics": {"val": progress.best["metrics"] if progress.best else {},
                     "test": {k: v for k, v in test.items() if k not in ("interval", "sealed")}},
         "baselines": {}, "weights_sha256": tensors_sha256({"": weights}), "state_sha256": tensors_sha256(last.files),
-        "rate": rate(run), "seconds": stage_seconds(events), "utilisation": judge_time(run, parts).to_dict(),
+        "rate": rate(run, parts), "seconds": stage_seconds(events), "utilisation": judge_time(run, parts).to_dict(),
         "projection": compare_projection(run),
     }  # fmt: skip
     write_json(run.path / "result.json", result)

@@ -14,6 +14,12 @@ SECONDS = ("train_seconds", "seconds", "data_seconds", "step_seconds", "host_sec
            "saving_seconds", "other_seconds")  # fmt: skip
 
 
+def epochs_of(events: Sequence[Event]) -> list[Event]:
+    """The epochs of a run, in order: of one that was gone through again after a kill, the last record."""
+    made = {(e["segment"], e["epoch"]): e for e in events if e["event"] == "epoch"}
+    return [made[key] for key in sorted(made)]
+
+
 def metrics_rows(epochs: Sequence[Event]) -> list[dict[str, Any]]:
     """The rows of metrics.csv: one per epoch and segment, the last record of each, in order."""
     table: dict[tuple[int, int], dict[str, Any]] = {}
@@ -46,7 +52,7 @@ def metrics_csv(epochs: Sequence[Event]) -> str:
 
 def training_rate(events: Sequence[Event]) -> float:
     """Samples per second of the training part, data wait included: the median over epochs after the first."""
-    rates = [e["samples_per_second"] for e in events if e["event"] == "epoch" and e["samples_per_second"] > 0]
+    rates = [e["samples_per_second"] for e in epochs_of(events) if e["samples_per_second"] > 0]
     if not rates:
         return 0.0
     return float(statistics.median(rates[1:] or rates))

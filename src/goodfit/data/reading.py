@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from dataclasses import dataclass, field
@@ -128,8 +129,28 @@ def relative(path: Path, root: Path) -> str:
 
 
 def folders(root: Path) -> list[Path]:
-    """Visible folders directly below, sorted."""
-    return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith((".", "__MACOSX")))
+    """Visible folders directly below, sorted; goodfit's own runs are none of the data."""
+    found = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith((".", "__MACOSX")))
+    return [p for p in found if not is_run(p) and not _holds_runs(p)]
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder was made by `goodfit train` or `goodfit audit`, as those lie in data that they were started in (`goodfit train .`)."""
+    with contextlib.suppress(OSError):  # a folder that cannot be entered
+        if (folder / "events.jsonl").is_file():
+            return (folder / "audit.json").is_file() or (folder / "request.yaml").is_file()
+        return all((folder / name).is_file() for name in ("audit.json", "audit.html", "split.csv"))
+    return False
+
+
+def _holds_runs(folder: Path) -> bool:
+    """Whether runs are all that a folder holds."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        first = next((entry for entry in entries if not entry.name.startswith(".")), None)
+        return (
+            first is not None and is_run(Path(first)) and all(is_run(p) for p in folder.iterdir() if p.name[0] != ".")
+        )
+    return False
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -142,7 +163,7 @@ def files_below(folder: Path) -> list[Path]:
             names.clear()
             continue
         seen.add(real)
-        names[:] = sorted(n for n in names if not n.startswith((".", "__MACOSX")))
+        names[:] = sorted(n for n in names if not n.startswith((".", "__MACOSX")) and not is_run(Path(base) / n))
         found += [Path(base) / f for f in files if not f.startswith(".") and is_regular(Path(base) / f)]
     return sorted(found)
 

@@ -6,23 +6,26 @@ import contextlib
 import hashlib
 import mmap
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 from PIL import Image
 
 from goodfit.core.errors import StorageError
 from goodfit.core.places import cache_folder, free_bytes
 from goodfit.core.safeio import TEMPORARY, storage_errors
 from goodfit.data.index import DatasetIndex
-from goodfit.runtime.images import decode_image
+from goodfit.runtime.images import ImageError, decode_image
 
 RESERVE = 1.5  # pictures are kept at this multiple of the input size, so that a crop of half the area keeps its detail
 FORMAT = "pictures-1"  # changes whenever the same file would be decoded to other pixels
+ABANDONED_SECONDS = 3600.0  # without a touch, after which a half-written cache whose writer is gone is deleted
 KEEP_SHARE = 0.5  # of the free disk that caches may take together; the least recently used leave first
 
 Pixels = npt.NDArray[np.uint8]
@@ -45,9 +48,9 @@ class PictureStore:
         self._cache = cache if index.sizes is not None and len(rows) else "off"
         self._rows = rows
         self._kept: Pixels | None = None
-        if self._cache != "off":
-            assert index.sizes is not None
+        if index.sizes is not None:
             self._shapes = reduced_sizes(index.sizes, self._side)
+        if self._cache != "off":
             sizes = np.zeros(len(index), np.int64)
             sizes[rows] = 3 * self._shapes[rows].astype(np.int64).prod(axis=1)
             self._ends = np.cumsum(sizes)
@@ -78,7 +81,7 @@ class PictureStore:
     def kept_sizes(self) -> npt.NDArray[np.int32]:
         """Width and height that `get` gives for each row of the index, pixels, shape (rows, 2); the audit must have been made."""
         assert self._index.sizes is not None
-        return self._shapes if self._cache != "off" else reduced_sizes(self._index.sizes, self._side)
+        return self._shapes
 
     @property
     def path(self) -> Path:
@@ -156,7 +159,8 @@ class PictureStore:
         self._kept = _map_file(path)
 
     def _decode(self, row: int) -> Pixels:
-        image = decode_image(self._index.file(row), min_side=2 * self._side)
+        with as_audited():
+            image = decode_image(self._index.file(row), min_side=2 * self._side)
         if self._cache != "off":
             size = (int(self._shapes[row, 0]), int(self._shapes[row, 1]))
         else:
@@ -166,6 +170,16 @@ class PictureStore:
         if size != image.size:
             image = image.resize(size, Image.Resampling.BICUBIC)
         return np.array(image, dtype=np.uint8)  # a copy: torch warns of Pillow's read-only memory
+
+
+@contextlib.contextmanager
+def as_audited() -> Iterator[None]:
+    """Around reading a file that could be read before: what helps is that file as it was, since a run goes on with no other."""
+    try:
+        yield
+    except ImageError as error:
+        error.next = "put the file back as it was, then goodfit resume RUN"
+        raise
 
 
 def reduced_sizes(sizes: npt.NDArray[np.integer], side: int) -> npt.NDArray[np.int32]:
@@ -180,12 +194,24 @@ def _map_file(path: Path) -> Pixels:
         return np.frombuffer(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
 
 
+def _remove_abandoned(folder: Path) -> None:
+    """Delete what writers that were killed left. Another machine may write into the same folder, whose processes are not seen here:
+    what was touched within the last hour stays."""
+    for path in folder.glob(f"{TEMPORARY}pictures-*"):
+        number = path.name.rpartition("-")[2]
+        with contextlib.suppress(OSError):
+            alive = number.isdigit() and psutil.pid_exists(int(number))
+            if not alive and time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                path.unlink()
+
+
 def _make_room(folder: Path, num_bytes: int) -> None:
     """Delete caches that were least recently used until this one takes no more than half of what is free.
 
     Raises:
         StorageError: it would not fit even then.
     """
+    _remove_abandoned(folder)
     older = sorted((p.stat().st_mtime, p) for p in folder.glob("pictures-*.bin"))
     taken = sum(p.stat().st_size for _, p in older)
     while older and num_bytes + taken > KEEP_SHARE * (free_bytes(folder) + taken):

@@ -61,7 +61,9 @@ class Terminal:
         if event.get("text"):
             self._say(event["name"], event["text"])
         if event["name"] == "rehearse":
-            self._bare = float(event.get("bare_rate", 0.0))
+            self._bare = (
+                0.0 if event.get("varies") else float(event.get("bare_rate", 0.0))
+            )  # of the mean over several sizes
         self._planned |= event["name"] == "resume"  # a resumed run has its plan
         if event["name"] == "train":
             self._close()

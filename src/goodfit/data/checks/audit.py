@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from goodfit.core.errors import DataError
 from goodfit.data.checks.audit_objects import audit_objects
@@ -163,8 +164,8 @@ def _imbalance(index: DatasetIndex) -> list[Finding]:
                     "the plan decides: balance=off|sample|loss|logit" if index.objects is None else "add pictures of the rare classes")]  # fmt: skip
 
 
-def changed_files(index: DatasetIndex) -> list[str]:
-    """Paths of accepted samples whose bytes are not those of the audit, or that are gone."""
+def changed_files(index: DatasetIndex, rows: npt.NDArray[np.int64] | None = None) -> list[str]:
+    """Paths of accepted samples, or of some rows, whose bytes are not those of the audit, or that are gone."""
 
     def digest(row: int) -> bytes:
         try:
@@ -172,7 +173,7 @@ def changed_files(index: DatasetIndex) -> list[str]:
         except OSError:
             return b""
 
-    rows = np.flatnonzero(index.splits != LEFT_OUT).tolist()
+    asked = (np.flatnonzero(index.splits != LEFT_OUT) if rows is None else rows).tolist()
     with ThreadPoolExecutor() as pool:
-        found = list(pool.map(digest, rows))
-    return [index.paths[r] for r, d in zip(rows, found, strict=True) if d != index.contents[r].tobytes()]
+        found = list(pool.map(digest, asked))
+    return [index.paths[r] for r, d in zip(asked, found, strict=True) if d != index.contents[r].tobytes()]
