@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from goodfit.data.columns import POLYGONS
+from goodfit.data.masks import draw_mask, outline_mask, pack_polygons
 from goodfit.data.scenes import Paste
 from goodfit.metrics.coco import ImageObjects, evaluate_numpy
 from goodfit.runtime.masks import CutMask, as_rle, cut_mask, mask_overlaps, paste_mask
@@ -29,7 +31,25 @@ def test_a_cut_mask_is_the_mask():
         x, y = draw.integers(-5, 70, 9), draw.integers(-5, 50, 7)
         inside = ((y >= 0) & (y < 40))[:, None] & ((x >= 0) & (x < 60))[None]
         assert np.array_equal(cut.at(x, y), inside & mask[y.clip(0, 39)[:, None], x.clip(0, 59)[None]])
+        drawn = np.zeros((25, 40), np.uint8)
+        for columns in (np.arange(3, 43), np.arange(43, 3, -1)):  # mirrored too
+            before = drawn.copy()
+            cut.draw(columns, np.arange(2, 27), drawn)
+            assert np.array_equal(drawn, before | cut.at(columns, np.arange(2, 27)))
     assert cut_mask(np.zeros((4, 4), bool)).area == 0
+
+
+def test_an_outline_drawn_again_is_the_mask():
+    """Pieces that lie apart, holes, single pixels and corners that touch: one polygon for each object."""
+    draw = np.random.default_rng(3)
+    masks = [blob(draw, density=d) | blob(draw, density=d) for d in (0.3, 0.6, 0.9, 1.0) for _ in range(5)]
+    ring = np.zeros((40, 60), bool)
+    ring[5:30, 5:40], ring[10:20, 10:20] = True, False
+    for mask in [*masks, ring, np.ones((40, 60), bool), np.eye(40, 60, dtype=bool)]:
+        points = outline_mask(mask)
+        again = draw_mask(POLYGONS, pack_polygons([points / SIZE]), size=SIZE, scale=SIZE)
+        assert np.array_equal(again, mask)
+    assert len(outline_mask(np.ones((40, 60), bool))) < 12 and outline_mask(np.zeros((4, 4), bool)).shape == (0, 2)
 
 
 def test_overlaps_and_run_lengths_equal_pycocotools():

@@ -25,7 +25,7 @@ def predict(
         threshold: Of a detector: the confidence from which an object is reported, in place of the one chosen on validation.
         out: A folder for predictions.json; of a detector also drawn pictures (`pictures/`), `coco.json` (a list of results, with masks
             as run lengths), `coco_ids.json` (what its `image_id` and `category_id` are, in the form of an annotation file) and
-            YOLO's text files of boxes (`labels/`).
+            YOLO's text files (`labels/`): boxes, or one polygon around an object's mask.
 
     Returns:
         As goodfit.runtime.Predictor.predict.
@@ -77,7 +77,7 @@ def write_predictions(rows: Sequence[dict[str, Any]], labels: Sequence[str], fol
     if not detects:
         return
     from goodfit.data.checks.draw import draw_objects
-    from goodfit.data.masks import pack_rle, unpack_rle
+    from goodfit.data.masks import outline_mask, pack_rle, unpack_rle
 
     numbers = {name: number for number, name in enumerate(labels)}
     results: list[dict[str, Any]] = []
@@ -97,15 +97,17 @@ def write_predictions(rows: Sequence[dict[str, Any]], labels: Sequence[str], fol
         shares = np.concatenate(
             [(boxes[:, :2] + boxes[:, 2:]) / 2 / size, (boxes[:, 2:] - boxes[:, :2]) / size], axis=1
         )
+        masks = [unpack_rle(pack_rle(f["mask"]["counts"], *f["mask"]["size"])) for f in found if "mask" in f]
+        shapes = [(outline_mask(mask) / size).ravel() for mask in masks] or list(shares)
         lines = [
             f"{c} {' '.join(f'{v:.6f}' for v in s)} {f['score']:.6f}\n"
-            for c, s, f in zip(classes, shares, found, strict=True)
+            for c, s, f in zip(classes, shapes, found, strict=True)
+            if len(s)
         ]
         with storage_errors(folder):
             for kind in ("labels", "pictures"):
                 (folder / kind).mkdir(exist_ok=True)
             write_text(folder / "labels" / f"{name}.txt", "".join(lines))
-            masks = [unpack_rle(pack_rle(f["mask"]["counts"], *f["mask"]["size"])) for f in found if "mask" in f]
             drawn = draw_objects(decode_image(Path(row["image"])), boxes, classes, labels, masks or None)
             drawn.save(folder / "pictures" / f"{name}.jpg", quality=90)
     write_text(folder / "coco.json", json.dumps(results))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -81,6 +82,37 @@ def _polygon_parts(data: bytes) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.f
     if len(data) != 4 + 4 * num + 8 * total:
         raise ValueError("the bytes of the polygons are cut off")
     return counts, np.frombuffer(data, "<f4", 2 * total, 4 + 4 * num).reshape(-1, 2)
+
+
+def outline_mask(mask: Mask) -> npt.NDArray[np.float64]:
+    """One closed ring around all pieces and holes of a mask, by the even-odd rule: they are joined by lines that are walked there and
+    back, as a form with one polygon for an object needs. Drawn again (see above) it gives the same pixels.
+
+    The contours are contourpy's, which matplotlib brings.
+
+    Args:
+        mask: Shape (height, width).
+
+    Returns:
+        x and y in pixels of the mask, shape (points, 2); none of an empty mask.
+    """
+    from contourpy import contour_generator
+
+    cut = cut_mask(mask)
+    lines: Any = contour_generator(z=np.pad(cut.pixels, 1).astype(np.float32)).lines(0.5) if cut.pixels.size else []
+    corner = np.array(
+        [cut.left - 0.5, cut.top - 0.5]
+    )  # lines run between the middles of pixels, of which one is padding
+    rings = [_without_straight(line + corner) for line in lines]
+    joined = [part for ring in rings for part in (ring, rings[0][:1])]  # each begins where it ends
+    return np.concatenate(joined[:-1]) if joined else np.zeros((0, 2))
+
+
+def _without_straight(ring: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """A closed ring without the points that lie on the line between their neighbours."""
+    steps = np.diff(ring, axis=0)
+    turns = steps[:-1, 0] * steps[1:, 1] != steps[:-1, 1] * steps[1:, 0]
+    return ring[np.concatenate([[True], turns, [True]])]
 
 
 def pack_rle(counts: Sequence[int] | str | bytes, height: int, width: int) -> bytes:

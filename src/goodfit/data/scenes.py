@@ -96,8 +96,8 @@ class Paste:
         across = t[0] + t[2] - 1 - x if self.mirrored else x
         picture_x = ((across + 0.5 - t[0]) * (s[2] - s[0]) / (t[2] - t[0]) + s[0]) / shares[0]
         picture_y = ((y + 0.5 - t[1]) * (s[3] - s[1]) / (t[3] - t[1]) + s[1]) / shares[1]
-        out[t[1] : t[3], t[0] : t[2]] |= mask.at(
-            np.floor(picture_x).astype(np.int64), np.floor(picture_y).astype(np.int64)
+        mask.draw(
+            np.floor(picture_x).astype(np.int64), np.floor(picture_y).astype(np.int64), out[t[1] : t[3], t[0] : t[2]]
         )
 
 

@@ -46,6 +46,16 @@ class CutMask:
             return inside
         return inside & self.pixels[np.clip(rows, 0, height - 1)[:, None], np.clip(columns, 0, width - 1)[None, :]]
 
+    def draw(self, x: npt.NDArray[np.int64], y: npt.NDArray[np.int64], out: npt.NDArray[np.uint8]) -> None:
+        """As `at`, into `out` of shape (len(y), len(x)); only what lies around the object is looked at: a hundred small ones in a picture
+        would each take as long as the picture. Columns and rows rise, or fall, throughout."""
+        height, width = self.pixels.shape
+        columns = np.flatnonzero((x >= self.left) & (x < self.left + width))
+        rows = np.flatnonzero((y >= self.top) & (y < self.top + height))
+        if len(columns) and len(rows):
+            part = out[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+            part |= self.pixels[(y[rows] - self.top)[:, None], (x[columns] - self.left)[None, :]]
+
 
 def cut_mask(mask: npt.NDArray[np.bool_]) -> CutMask:
     """A picture's mask, cut to its object. mask: shape (height, width)."""
@@ -53,7 +63,7 @@ def cut_mask(mask: npt.NDArray[np.bool_]) -> CutMask:
     if not len(rows):
         return CutMask(0, 0, np.zeros((0, 0), bool))
     part = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    return CutMask(int(columns[0]), int(rows[0]), np.ascontiguousarray(part))
+    return CutMask(int(columns[0]), int(rows[0]), part.copy())  # a view would keep the whole mask alive
 
 
 def paste_mask(probabilities: npt.NDArray[np.floating], box: Sequence[float], size: tuple[int, int]) -> CutMask:
@@ -86,12 +96,21 @@ def mask_overlaps(
     """Intersection over union of every pair; with a crowd, the share of the found mask that lies in it. Shape: (K, G)."""
     made = np.zeros((len(found), len(there)))
     mine, theirs = [m.area for m in found], [m.area for m in there]
-    for k, one in enumerate(found):
-        for g, other in enumerate(there):
-            shared = _shared(one, other)
-            union = mine[k] if crowd[g] else mine[k] + theirs[g] - shared
-            made[k, g] = shared / union if union else 0.0
+    first, second = _corners(found), _corners(there)
+    low = np.maximum(first[:, None, :2], second[None, :, :2])
+    high = np.minimum(first[:, None, 2:], second[None, :, 2:])
+    for k, g in np.argwhere((low < high).all(axis=2)):  # of hundreds each, few meet
+        shared = _shared(found[k], there[g])
+        union = mine[k] if crowd[g] else mine[k] + theirs[g] - shared
+        made[k, g] = shared / union if union else 0.0
     return made
+
+
+def _corners(masks: Sequence[CutMask]) -> npt.NDArray[np.int64]:
+    """Left, top, right and bottom of the parts that are drawn. Shape: (K, 4)."""
+    return np.array(
+        [(m.left, m.top, m.left + m.pixels.shape[1], m.top + m.pixels.shape[0]) for m in masks], np.int64
+    ).reshape(-1, 4)
 
 
 def _shared(one: CutMask, other: CutMask) -> int:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from goodfit.config.detect import SAMPLED, split_model
+from goodfit.config.detect import SAMPLED
+from goodfit.config.detector import split_model
 from goodfit.config.plan import Plan
 from goodfit.models.detection.detr import Detr, DetrNetwork
 from goodfit.models.detection.detr_source import load_detr

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ ANCHOR = 2.0  # strides: side of a level's smaller anchors; the larger are half 
 RATIOS = (0.5, 1.0, 2.0)
 ROI, MASK_ROI = 7, 14  # places that a proposal is read at, each way
 PROPOSED = Selection(iou=0.5)  # as torchvision has it: what the second stage finds lies closer than dense guesses
+GROUP = 16  # objects whose masks are made at once
 WIDTH = 256  # of the fully connected layers: a quarter of the published 1,024, for few classes and little data
 
 
@@ -34,7 +36,7 @@ class RcnnNetwork(nn.Module):
         self, pyramid: Pyramid, *, num_classes: int, channels: int, num_convs: int, sampled: int, points: int,
         proposals: int, masks: bool,
     ) -> None:  # fmt: skip
-        """Of `num_convs` convolutions in the head of masks; learning from `sampled` proposals of an image, finding among `proposals`
+        """Of `num_convs` convolutions in the head of masks; learning from `sampled` of an image's `proposals`, finding among all
         of them; each is read at `points` places of a cell each way."""
         super().__init__()
         from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -42,12 +44,11 @@ class RcnnNetwork(nn.Module):
         from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
         from torchvision.models.detection.roi_heads import RoIHeads
         from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-        from torchvision.ops import MultiScaleRoIAlign
 
         self.pyramid = pyramid
         sizes = tuple((ANCHOR * stride, ANCHOR * stride * 2**0.5) for stride in pyramid.strides)
         anchors = AnchorGenerator(sizes, (RATIOS,) * len(sizes))
-        counts = {"training": 1000, "testing": proposals}
+        counts = {"training": proposals, "testing": proposals}
         self.rpn = RegionProposalNetwork(
             anchors, RPNHead(channels, 2 * len(RATIOS)), 0.7, 0.3, 256, 0.5, counts, counts, 0.7
         )
@@ -56,16 +57,15 @@ class RcnnNetwork(nn.Module):
         if masks:
             layers.append(ClassLayer("roi_heads.mask_predictor.mask_fcn_logits", background=True))
         self.class_layers = tuple(layers)
-        pooled = [str(level) for level in range(min(4, len(sizes)))]
         mask_parts: dict[str, Any] = {}
         if masks:
             mask_parts = {
-                "mask_roi_pool": MultiScaleRoIAlign(pooled, MASK_ROI, points),
-                "mask_head": MaskRCNNHeads(channels, (channels,) * num_convs, 1),
-                "mask_predictor": MaskRCNNPredictor(channels, channels, num_classes + 1),
+                "mask_roi_pool": _roi_align(pyramid.strides, MASK_ROI, points),
+                "mask_head": _InGroups(MaskRCNNHeads(channels, (channels,) * num_convs, 1)),
+                "mask_predictor": _InGroups(MaskRCNNPredictor(channels, channels, num_classes + 1)),
             }
         self.roi_heads = RoIHeads(
-            MultiScaleRoIAlign(pooled, ROI, points), TwoMLPHead(channels * ROI**2, WIDTH), FastRCNNPredictor(WIDTH, num_classes + 1),
+            _roi_align(pyramid.strides, ROI, points), TwoMLPHead(channels * ROI**2, WIDTH), FastRCNNPredictor(WIDTH, num_classes + 1),
             0.5, 0.5, sampled, 0.25, None, 0.01, 0.5, 100, **mask_parts,
         )  # fmt: skip
 
@@ -100,6 +100,35 @@ class RcnnNetwork(nn.Module):
                     proposals, _ = self.rpn(listed_images, maps)
                     found = self.roi_heads(maps, proposals, listed_images.image_sizes)[0]
         return losses, found
+
+
+def _roi_align(strides: Sequence[int], side: int, points: int) -> nn.Module:
+    """Reads proposals from the finest four levels, by their strides: torchvision's own guess, from the heights of the first input that
+    it sees, takes a stride of 64 for 32 where that input is 32 high, for as long as the process lives."""
+    from torchvision.ops import MultiScaleRoIAlign
+    from torchvision.ops.poolers import initLevelMapper
+
+    levels = [round(math.log2(stride)) for stride in strides[:4]]
+    made = MultiScaleRoIAlign([str(number) for number in range(len(levels))], side, points)
+    made.scales = [2.0**-level for level in levels]
+    made.map_levels = initLevelMapper(levels[0], levels[-1])
+    return made
+
+
+class _InGroups(nn.Sequential):
+    """Layers that see objects in groups of one size where they do not learn, the last filled up: as many objects as are found, another
+    number in every picture, would each be a size of their own for the allocator and the library of convolutions, which keep
+    something for every size."""
+
+    def __init__(self, layers: nn.Sequential) -> None:
+        super().__init__(OrderedDict(layers.named_children()))
+
+    def forward(self, found: torch.Tensor) -> torch.Tensor:
+        """What the layers make of each object. found: shape (K, ...)."""
+        if self.training or torch.is_grad_enabled() or not len(found):
+            return super().forward(found)
+        filled = torch.cat([found, found.new_zeros(-len(found) % GROUP, *found.shape[1:])])
+        return torch.cat([super(_InGroups, self).forward(part) for part in filled.split(GROUP)])[: len(found)]
 
 
 @contextmanager
