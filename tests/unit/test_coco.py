@@ -254,3 +254,18 @@ def test_the_interval_holds_the_figure_and_narrows_with_more_images():
     low, high = ap_interval(few, 4, None)
     assert low < evaluate_numpy(few, 4).summary()["ap"] < high
     assert ap_interval([image()], 1, 0.5) == (0.0, 0.0)
+
+
+def test_curves_count_all_that_is_reported_and_ap_the_best_hundred():
+    """Two hundred objects in a picture, all found: recall is one half by COCO's count, one by what is reported."""
+    boxes = [(BOX + 100.0 * k, 0) for k in range(200)]
+    full = image([(box, 0.9 - k / 1000, 0) for k, (box, _) in enumerate(boxes)], boxes)
+    curve = confidence_curve([full], 0)
+    assert curve is not None and curve["recall"][49] == 1.0
+    assert (
+        evaluate_numpy([full], 1).summary()["ar_100"]
+        == evaluate_coco([full], 1).summary()["ar_100"]
+        == pytest.approx(0.5)
+    )
+    for judge in (evaluate_numpy, evaluate_coco):
+        assert judge([full], 1, most=300).summary()["ap"] == pytest.approx(1.0)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from goodfit.metrics.classification import ClassificationMeter, per_class, wilson_interval
-from goodfit.outcome.baselines import linear_probe, majority_class
+from goodfit.outcome.baselines import constant_objects, linear_probe, majority_class
 from goodfit.outcome.ledger import count_look, read_looks
 from goodfit.outcome.report import write_report
 from goodfit.runtime.predictor import softmax
@@ -41,6 +41,24 @@ def test_metrics_equal_scikit_learn():
     for c, row in enumerate(per_class(meter.confusion())):
         assert (row["precision"], row["recall"], row["f1"], row["count"]) == pytest.approx(
             (precision[c], recall[c], f1[c], count[c]))  # fmt: skip
+
+
+def test_constant_objects_are_those_that_lie_upon_most():
+    """Sixty objects near one place, thirty near another of another class, one alone: found in that order, each once."""
+    random = np.random.default_rng(0)
+
+    def near(box, num):
+        return np.array(box) + random.uniform(-0.01, 0.01, (num, 4))
+
+    places = [([0.1, 0.1, 0.4, 0.4], 60, 0), ([0.5, 0.5, 0.9, 0.9], 30, 1), ([0.0, 0.8, 0.1, 0.9], 1, 0)]
+    boxes = np.concatenate([near(box, num) for box, num, _ in places])
+    classes = np.concatenate([np.full(num, kind) for _, num, kind in places])
+    order = random.permutation(len(boxes))
+    found, scores, kinds = constant_objects(boxes[order], classes[order])
+    assert kinds.tolist() == [0, 1, 0] and scores == pytest.approx(np.array([60, 30, 1]) / 91)
+    assert np.abs(found - [box for box, _, _ in places]).max() < 0.011
+    none = constant_objects(np.zeros((0, 4)), np.zeros(0, np.int64))
+    assert none[0].shape == (0, 4) and none[1].shape == none[2].shape == (0,)
 
 
 @pytest.mark.parametrize("num_parts", [1, 2, 3, 4])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ import numpy.typing as npt
 IOUS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0.0, 1.0, 101)
 AREAS = ((0.0, 1e10), (0.0, 32.0**2), (32.0**2, 96.0**2), (96.0**2, 1e10))  # all, small, medium, large: square pixels
-MOST = (1, 10, 100)  # detections of one class in an image that are looked at
+FEW, MOST = (1, 10), 100  # detections of one class in an image that are looked at
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -89,7 +90,7 @@ class Evaluation:
         }
         for number, name in enumerate(("small", "medium", "large"), start=1):
             made[f"ap_{name}"] = _mean(self.precision[..., number, 2])
-        for number, most in enumerate(MOST):
+        for number, most in enumerate((*FEW, MOST)):
             made[f"ar_{most}"] = _mean(self.recall[..., 0, number])
         for number, name in enumerate(("small", "medium", "large"), start=1):
             made[f"ar_{name}"] = _mean(self.recall[..., number, 2])
@@ -106,35 +107,38 @@ def _mean(values: Floats) -> float:
     return float(there.mean()) if there.size else -1.0
 
 
-def evaluate_numpy(images: Sequence[ImageObjects], num_classes: int, *, by_size: bool = True) -> Evaluation:
+def evaluate_numpy(
+    images: Sequence[ImageObjects], num_classes: int, *, by_size: bool = True, most: int = MOST
+) -> Evaluation:
     """Match and accumulate in numpy.
 
     Args:
         by_size: Also small, medium and large objects, and the best 1 and 10 detections; else those stay -1, for a quarter of the time.
+        most: Detections of one class in an image that are looked at; COCO's hundred, unless images have more objects.
     """
-    shape = (num_classes, len(AREAS), len(MOST))
+    shape = (num_classes, len(AREAS), len(FEW) + 1)
     precision, recall = -np.ones((len(IOUS), len(RECALLS), *shape)), -np.ones((len(IOUS), *shape))
     for kind in range(num_classes):
         for number, area in enumerate(AREAS if by_size else AREAS[:1]):
-            found = match_class(images, kind, area)
-            for place, most in enumerate(MOST):
-                if (by_size or most == MOST[-1]) and found.positives.sum():
-                    made = accumulate(found, most)
+            found = match_class(images, kind, area, most=most)
+            for place, best in enumerate((*FEW, most)):
+                if (by_size or best == most) and found.positives.sum():
+                    made = accumulate(found, best)
                     precision[:, :, kind, number, place], recall[:, kind, number, place] = made
     return Evaluation(precision=precision, recall=recall)
 
 
 def match_class(
-    images: Sequence[ImageObjects], kind: int, area: tuple[float, float] = AREAS[0], *, ious: Floats = IOUS
-) -> Matches:
-    """Match the detections of one class, image by image, to the objects of that class."""
+    images: Sequence[ImageObjects], kind: int, area: tuple[float, float] = AREAS[0], *, ious: Floats = IOUS, most: int = MOST
+) -> Matches:  # fmt: skip
+    """Match the detections of one class, the best `most` of each image, to the objects of that class."""
     scores, numbers, ranks, hits, ignored = [], [], [], [], []
     positives = np.zeros(len(images), np.int64)
     for number, image in enumerate(images):
         found, there = np.flatnonzero(image.classes == kind), np.flatnonzero(image.true_classes == kind)
         if not len(found) and not len(there):
             continue
-        found = found[np.argsort(-image.scores[found], kind="stable")][: MOST[-1]]
+        found = found[np.argsort(-image.scores[found], kind="stable")][:most]
         outside = (image.areas[there] < area[0]) | (image.areas[there] > area[1])
         left_out = image.crowd[there] | outside
         order = np.argsort(left_out, kind="stable")
@@ -208,7 +212,7 @@ def _match(overlaps: Floats, left_out: Bools, crowd: Bools, ious: Floats) -> Int
     return matched
 
 
-def accumulate(found: Matches, most: int = MOST[-1]) -> tuple[Floats, Floats]:
+def accumulate(found: Matches, most: int = MOST) -> tuple[Floats, Floats]:
     """Precision at 101 recalls, made to fall, and the recall reached. Shapes: (T, 101), (T,)."""
     chosen = found.ranks < most
     hits, ignored = found.hits[:, chosen], found.ignored[:, chosen]
@@ -230,23 +234,29 @@ def interpolate(recall: Floats, precision: Floats) -> Floats:
     return made
 
 
-def evaluate_coco(images: Sequence[ImageObjects], num_classes: int, *, by_size: bool = True) -> Evaluation:
+def evaluate_coco(
+    images: Sequence[ImageObjects], num_classes: int, *, by_size: bool = True, most: int = MOST
+) -> Evaluation:
     """By hotcoco where it is installed and the overlaps are those of boxes, else in numpy.
 
     Args:
-        by_size: As evaluate_numpy.
+        by_size, most: As evaluate_numpy.
     """
+    plainly = partial(evaluate_numpy, images, num_classes, by_size=by_size, most=most)
     if any(image.overlaps is not None for image in images):
-        return evaluate_numpy(images, num_classes, by_size=by_size)
+        return plainly()
     try:
         import hotcoco
     except ImportError:
-        return evaluate_numpy(images, num_classes, by_size=by_size)
+        return plainly()
     truth, found = to_coco(images, num_classes)
     if not truth["annotations"] or not len(found):
-        return evaluate_numpy(images, num_classes, by_size=by_size)
+        return plainly()
     known = hotcoco.COCO(truth)
     judge = hotcoco.COCOeval(known, known.load_res(found), "bbox")
+    judge.params.max_dets = [*FEW, most]
+    if list(judge.params.max_dets) != [*FEW, most]:  # an older version, whose parameters are a copy
+        return plainly()
     judge.evaluate()
     judge.accumulate()
     made = judge.eval

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from goodfit.core.random import derive_seed, stream
 from goodfit.metrics.coco import (
     IOUS,
+    MOST,
     Evaluation,
     ImageObjects,
     Matches,
@@ -40,6 +42,7 @@ class DetectionMeter:
         num_classes: How many there are.
         masks: Whether objects have masks, which are judged too.
         keep: Keep the masks found, to draw them; for a few pictures.
+        most: Detections of a class in an image that AP looks at: COCO's hundred, or what is reported where that is more.
 
     Attributes:
         kept: The masks found in each image, where they are kept.
@@ -47,9 +50,10 @@ class DetectionMeter:
         masked: The same by masks; empty without them.
     """
 
-    def __init__(self, num_classes: int, *, masks: bool = False, keep: bool = False) -> None:
+    def __init__(self, num_classes: int, *, masks: bool = False, keep: bool = False, most: int = MOST) -> None:
         self.num_classes = num_classes
         self.masks = masks
+        self.most = max(MOST, most)
         self.images: list[ImageObjects] = []
         self.masked: list[ImageObjects] = []
         self.kept: list[list[CutMask]] = []
@@ -111,15 +115,15 @@ class DetectionMeter:
     def compute(self) -> dict[str, float]:
         """The loss, and AP over IoU 0.5 to 0.95, at 0.5 and at 0.75, of boxes and of masks; 0 where there is nothing to be found."""
         terms = {name: total / (count or 1.0) for name, (total, count) in self._terms.items()}
-        judged = {"": evaluate_coco(self.images, self.num_classes, by_size=False).summary()}
+        judged = {"": evaluate_coco(self.images, self.num_classes, by_size=False, most=self.most).summary()}
         if self.masks:
-            judged["mask_"] = evaluate_coco(self.masked, self.num_classes, by_size=False).summary()
+            judged["mask_"] = evaluate_coco(self.masked, self.num_classes, by_size=False, most=self.most).summary()
         figures = {f"{kind}{k}": max(0.0, found[k]) for kind, found in judged.items() for k in ("ap", "ap50", "ap75")}
         return {"loss": sum(terms.values()) if terms else math.nan, **figures}
 
-    def evaluation(self, *, masks: bool = False) -> Evaluation:
-        """Precision and recall of every class, as COCO has them, by boxes or by masks."""
-        return evaluate_coco(self.masked if masks else self.images, self.num_classes)
+    def evaluation(self, *, masks: bool = False, most: int = MOST) -> Evaluation:
+        """Precision and recall of every class, by boxes or by masks; as COCO has them, unless `most` is another."""
+        return evaluate_coco(self.masked if masks else self.images, self.num_classes, most=most)
 
 
 def _columns(image: ImageObjects) -> dict[str, Any]:
@@ -162,8 +166,11 @@ def choose_threshold(images: Sequence[ImageObjects], num_classes: int) -> tuple[
 
 
 def confidence_curve(images: Sequence[ImageObjects], kind: int) -> dict[str, Floats] | None:
-    """Precision, recall and F1 of a class at each of `LEVELS`, at an IoU of 0.5; None if it has no object. Shapes: (99,)."""
-    found = match_class(images, kind, ious=np.array([NEAR]))
+    """Precision, recall and F1 of a class at each of `LEVELS`, at an IoU of 0.5; None if it has no object. Shapes: (99,).
+
+    All that was found counts, as it is reported; COCO's hundred of an image are AP's.
+    """
+    found = match_class(images, kind, ious=np.array([NEAR]), most=sys.maxsize)
     total = int(found.positives.sum())
     if not total:
         return None
@@ -201,12 +208,12 @@ def confusion_matrix(images: Sequence[ImageObjects], num_classes: int, threshold
 
 
 def ap_interval(
-    images: Sequence[ImageObjects], num_classes: int, iou: float | None, *, seed: int = 0
+    images: Sequence[ImageObjects], num_classes: int, iou: float | None, *, seed: int = 0, most: int = MOST
 ) -> tuple[float, float]:
     """95 % interval of AP at one IoU, or over all ten, by the bootstrap over images (Efron 1979): as many images are drawn with
     repetition, 1,000 times, or 200 for ten IoUs. Objects of one image belong together, so images are drawn and not objects."""
     ious, resamples = (IOUS, RESAMPLES // 5) if iou is None else (np.array([iou]), RESAMPLES)
-    classes = [match_class(images, c, ious=ious) for c in range(num_classes)]
+    classes = [match_class(images, c, ious=ious, most=most) for c in range(num_classes)]
     classes = [found for found in classes if found.positives.sum()]
     if not classes:
         return 0.0, 0.0

@@ -30,6 +30,7 @@ SURE = 0.05  # score above which an object must be found by both
 SAME_SCORE = 1e-3
 SAME_BOX = 0.98  # IoU
 CLOSE_CALL = 0.01  # of IoU, around the limit for doubles
+DRAWS = 3  # of roundings that a picture's objects must survive to be compared
 CHECKS = "TRANSFORMERS_DISABLE_TORCH_CHECK"
 Floats = np.ndarray[Any, Any]
 
@@ -167,11 +168,13 @@ def check_detector_parity(
 
     Returns:
         The largest difference of a candidate (scores, and boxes over the input's side), the tolerance, the number of files, that of
-        objects compared, and of the files that were left out.
+        objects compared, of the files of which the candidates alone could be compared, and of those that were left out.
 
     Raises:
-        Unsteady: for half of the files or more the network's own answer hangs on a rounding; other such files are left out.
-        ExportError: a difference is over the tolerance, or an object is found by one and not by the other.
+        Unsteady: for half of the files or more the network's own candidates hang on a rounding; other such files are left out.
+        ExportError: a difference is over the tolerance, or an object is found by one and not by the other. Of a picture whose
+            objects hang on a rounding of the trained model's own candidates, as where it has learned little and rates all places
+            alike, the candidates alone are compared.
     """
     with torch.inference_mode():
         steady = [
@@ -187,6 +190,7 @@ def check_detector_parity(
         made = [reference(torch.from_numpy(p[None])) for p in pixels]
     wanted = [torch.cat(parts).numpy() for parts in zip(*made, strict=True)]
     largest, num_objects = 0.0, 0
+    ties: set[int] = set()
     for label, size in (("one by one", 1), ("in batches", max(2, predictor.batch))):
         parts = [predictor.run(pixels[k : k + size]) for k in range(0, len(pixels), size)]
         found = [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
@@ -198,15 +202,38 @@ def check_detector_parity(
             mine = predictor.objects(found[0][number], found[1][number])
             theirs = predictor.objects(wanted[0][number], wanted[1][number])
             num_objects += len(theirs[1])
-            limit = predictor.selection.iou
-            if not apart <= TOLERANCE or not (_covered(mine, theirs, limit) and _covered(theirs, mine, limit)):
+            same = _alike(mine, theirs, predictor.selection.iou)
+            if not same and _is_tie(predictor, wanted[0][number], wanted[1][number]):
+                ties.add(number)
+                same = True
+            if not apart <= TOLERANCE or not same:
                 raise ExportError(
                     f"The ONNX model does not reproduce the trained one ({label}): outputs differ by {apart:.2g} on {name}, "
                     f"tolerance {TOLERANCE:.2g}, or other objects are found.",
                     kept="the trained weights, in checkpoints/best", next="report the model's name and the versions in events.jsonl",
                 )  # fmt: skip
     return {"max_difference": largest, "tolerance": TOLERANCE, "num_files": len(files), "num_objects": num_objects // 2,
-            "num_left_out": num_left_out}  # fmt: skip
+            "num_ties": len(ties), "num_left_out": num_left_out}  # fmt: skip
+
+
+def _is_tie(predictor: Predictor, boxes: Floats, scores: Floats) -> bool:
+    """Whether the objects of a picture become others when its candidates, (A, 4) and (A, classes), change by a rounding."""
+    wanted = predictor.objects(boxes, scores)
+    for seed in range(DRAWS):
+        noise = np.random.default_rng(seed)
+        moved = [
+            v + ROUNDING * max(1.0, float(np.abs(v).max())) * noise.uniform(-1, 1, v.shape) for v in (boxes, scores)
+        ]
+        if not _alike(
+            predictor.objects(moved[0].astype(np.float32), moved[1].astype(np.float32)), wanted, predictor.selection.iou
+        ):
+            return True
+    return False
+
+
+def _alike(one: tuple[Any, ...], other: tuple[Any, ...], limit: float) -> bool:
+    """Whether the sure objects of either are found by the other too."""
+    return _covered(one, other, limit) and _covered(other, one, limit)
 
 
 def _covered(one: tuple[Any, ...], other: tuple[Any, ...], limit: float) -> bool:

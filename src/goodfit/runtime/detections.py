@@ -51,23 +51,30 @@ def select_objects(
     found = np.flatnonzero(flat > how.threshold)
     order = found[np.argsort(-flat[found], kind="stable")][: how.candidates]
     candidates, classes = np.divmod(order, scores.shape[1])
-    kept = suppress_doubles(boxes[candidates], classes, how.iou)[: how.most]
+    kept = suppress_doubles(boxes[candidates], classes, how.iou, how.most)
     return boxes[candidates[kept]], flat[order[kept]], classes[kept], candidates[kept]
 
 
-def suppress_doubles(boxes: Floats, classes: npt.NDArray[np.integer], limit: float) -> npt.NDArray[np.int64]:
-    """The rows that are left, in order, when each box removes those after it of its class that overlap it by more than `limit`.
+def suppress_doubles(
+    boxes: Floats, classes: npt.NDArray[np.integer], limit: float, most: int | None = None
+) -> npt.NDArray[np.int64]:
+    """The rows that are left, in order, when each box removes those after it of its class that overlap it by more than `limit`;
+    the first `most` of them.
 
     Args:
         boxes: Best first, shape (K, 4).
         classes: Shape (K,).
     """
     alive = np.ones(len(boxes), bool)
+    kept: list[int] = []
     for number in range(len(boxes)):
+        if len(kept) == most:
+            break
         if alive[number]:
+            kept.append(number)
             rest = np.flatnonzero(alive[number + 1 :] & (classes[number + 1 :] == classes[number])) + number + 1
             alive[rest[box_iou(boxes[number : number + 1], boxes[rest])[0] > limit]] = False
-    return np.flatnonzero(alive)
+    return np.array(kept, np.int64)
 
 
 def box_iou(first: Floats, second: Floats) -> npt.NDArray[np.float64]:

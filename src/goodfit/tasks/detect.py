@@ -68,7 +68,7 @@ class DetectTask:
 
     def meter(self) -> DetectionMeter:
         """An empty meter of the loss and of average precision."""
-        return DetectionMeter(len(self.class_names), masks=self.family.has_masks)
+        return DetectionMeter(len(self.class_names), masks=self.family.has_masks, most=self.selection.most)
 
     def keeping(self) -> DetectTask:
         """This task with meters that keep the masks found."""
@@ -90,7 +90,7 @@ class KeepingTask(DetectTask):
 
     def meter(self) -> DetectionMeter:
         """As `DetectTask` has it."""
-        return DetectionMeter(len(self.class_names), masks=self.family.has_masks, keep=True)
+        return DetectionMeter(len(self.class_names), masks=self.family.has_masks, keep=True, most=self.selection.most)
 
 
 class DenseTask(DetectTask):
