@@ -66,6 +66,7 @@ def test_a_detector_is_trained_tested_and_bundled(finished):
     test = result["metrics"]["test"]
     assert set(test) >= {"n", "low", "high", "look", "ap", "ap50", "ap50_low", "ap50_high"}
     assert 0 <= test["ap50_low"] <= test["ap50"] <= test["ap50_high"] <= 1
+    assert 0 <= result["baselines"]["constant"] < 0.3 and plan.max_det.value == 100
     assert result["steps"] > 0 and result["epochs"] == 2
     card = json.loads((finished.bundle / "bundle.json").read_text())
     assert card["parity"]["num_files"] > 5 and 0 < card["threshold"] < 1
@@ -154,6 +155,25 @@ def test_killed_and_resumed_to_the_same_hashes(task, scenes, masked, tmp_path):
     assert again["state_sha256"] == whole["state_sha256"] and again["weights_sha256"] == whole["weights_sha256"]
 
 
+def test_a_picture_with_two_thousand_boxes_and_one_with_none_are_trained_on_and_served(scenes, tmp_path):
+    """From the file to the bundle: so many objects may be reported as well."""
+    folder = tmp_path / "crowded"
+    folder.mkdir()
+    (folder / "images").symlink_to(scenes / "images")
+    notes = json.loads((scenes / "annotations.json").read_text())
+    low = np.random.default_rng(0).integers(0, 120, (2000, 2))
+    for number in (2, 3, 4):  # wherever the split puts them, training has one
+        notes["annotations"] += [{"id": 10_000 * number + k, "image_id": number, "category_id": notes["categories"][0]["id"], "iscrowd": 0,
+                                  "bbox": [int(x), int(y), 6, 6], "area": 36} for k, (x, y) in enumerate(low)]  # fmt: skip
+    (folder / "annotations.json").write_text(json.dumps(notes))
+    made = goodfit.train(folder, project=str(tmp_path), epochs=1, max_bad=0.1, rehearse=False, **SMALL)
+    assert made.plan.max_det.value >= 3000 and "2,0" in made.plan.max_det.reason
+    told = json.loads((made.path / "test.json").read_text())
+    assert told["most"] == made.plan.max_det.value and 0 <= told["ap50"] <= 1
+    assert json.loads((made.bundle / "bundle.json").read_text())["selection"]["candidates"] == 3 * told["most"]
+    assert "AP looks at the best" in (made.path / "report.html").read_text()
+
+
 def test_masks_are_learned_and_served_by_torch(masked, tmp_path):
     made = goodfit.train(
         masked,
@@ -172,6 +192,7 @@ def test_masks_are_learned_and_served_by_torch(masked, tmp_path):
     told = json.loads((made.path / "test.json").read_text())
     assert {"mask_ap", "mask_ap50", "ap"} <= set(told["per_class"][0]) and len(told["mask_coco"]) == 12
     report = (made.path / "report.html").read_text()
+    assert told["judged_by"] == "masks" and "AP small" in report
     assert "is served by torch" in report and "ONNX Runtime reproduces" not in report and "mask AP50" in report
     assert (made.path / "plots" / "found.png").is_file()
     card = json.loads((made.bundle / "bundle.json").read_text())
@@ -184,6 +205,10 @@ def test_masks_are_learned_and_served_by_torch(masked, tmp_path):
     assert [i["file_name"] for i in ids["images"]] == [str(masked / "images" / "0000.png")]
     assert {c["id"]: c["name"] for c in ids["categories"]}[coco[0]["category_id"]] == rows[0]["objects"][0]["label"]
     assert (tmp_path / "out" / "pictures" / "0000.jpg").is_file()
+    lines = (tmp_path / "out" / "labels" / "0000.txt").read_text().splitlines()
+    assert lines and all(
+        len(line.split()) % 2 == 0 and len(line.split()) > 6 for line in lines
+    )  # class, points, confidence
     from goodfit.core.errors import DataError
 
     with pytest.raises(DataError, match="needs torch"):

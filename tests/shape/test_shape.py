@@ -42,7 +42,7 @@ OPTIONS = [
     "data", "model", "pretrained", "epochs", "time", "batch", "imgsz", "device", "seed", "project", "name",
     "exist_ok", "latency", "latency_threads", "plan", "task", "format", "image_column", "text_column", "label_column",
     "split_column", "group", "header", "encoding", "images", "annotations", "labels", "like", "resplit", "split",
-    "split_seed", "fraction", "max_bad", "suspects", "cache", "workers", "prefetch", "augment", "policy", "erase",
+    "split_seed", "fraction", "max_bad", "suspects", "cache", "workers", "prefetch", "max_det", "augment", "policy", "erase",
     "close_augment", "flip", "mixup", "cutmix", "mosaic", "copy_paste", "scale", "multi_scale", "progressive", "balance", "optimizer", "lr",
     "lr_find", "head_lr", "layer_decay", "freeze", "unfreeze", "weight_decay", "momentum", "schedule", "warmup",
     "decay", "milestones", "period", "gamma", "lrf", "accumulate", "batch_study", "clip", "clip_value",

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from boxes import SHAPE, scene_batch, targets
-from goodfit.config.detect import FAMILIES as ALL_FAMILIES
+from goodfit.config.detector import FAMILIES as ALL_FAMILIES
 from goodfit.models.detection.build import make_family, make_network
 from goodfit.models.detection.choose import choose_objects
 from goodfit.models.detection.fcos import Fcos
-from goodfit.outcome.detector_export import traced_problem
+from goodfit.outcome.detector_export import export_detector, traced_problem
 from goodfit.runtime.detections import Selection, box_iou, select_objects, suppress_doubles
 from goodfit.runtime.letterbox import Letterbox
 from goodfit.tasks.detect import DetectTask
@@ -102,6 +102,16 @@ def test_sums_and_counts_of_a_batch_are_those_of_its_parts():
         assert int(sum(p[name][1] for p in parts)) == int(count)
 
 
+@pytest.mark.parametrize("name", ["retinanet", "ssdlite", "fasterrcnn"])
+@torch.no_grad()
+def test_every_family_learns_from_two_thousand_boxes_in_an_image(name):
+    family, net = make_family(name, 3), network(3, family=name).train()
+    low = torch.rand(1, 2000, 2) * 90
+    batch = {"image": torch.rand(1, 3, *SHAPE), "boxes": torch.cat([low, low + 4 + 20 * torch.rand(1, 2000, 2)], dim=2),
+             "classes": (torch.arange(2000) % 3)[None]}  # fmt: skip
+    assert all(bool(torch.isfinite(total)) for total, _ in family.loss(net, batch).values())
+
+
 @torch.no_grad()
 def test_an_image_without_objects_and_one_with_two_thousand():
     net, images = network(), torch.rand(2, 3, *SHAPE)
@@ -146,28 +156,32 @@ def test_every_family_learns_one_class_by_heart_and_comes_back_from_disk(name, t
         DetectTask(["thing"], family),
         scene_batch(masks=family.has_masks),
     )
-    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
-    losses = []
-    for _ in range(120 if family.exports else 50):
-        optimizer.zero_grad()
-        loss = sum(t / max(1, int(c)) for t, c in task.loss(net, batch).values())
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    figures, losses, steps = {"ap": 0.0}, [], 120
+    while (
+        figures["ap"] < 0.95 and len(losses) < 3 * steps
+    ):  # on another processor, which rounds otherwise, more than one cycle
+        optimizer = torch.optim.AdamW(net.train().parameters(), lr=2e-3)
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, 2 * (1 - step / steps))
+            optimizer.zero_grad()
+            loss = sum(t / max(1, int(c)) for t, c in task.loss(net, batch).values())
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        with torch.no_grad():
+            for _ in range(30):  # the running statistics catch up with the weights
+                net(batch["image"]) if family.exports else net(batch["image"], find=family.selection)
+            meter, outputs = task.meter(), task.predict(net.eval(), batch)
+        meter.update(outputs, batch)
+        figures = meter.compute()
     assert np.isfinite(losses).all() and np.mean(losses[-10:]) < 0.5 * losses[0]
     with torch.no_grad():
-        for _ in range(30):  # the running statistics catch up with the weights
-            net(batch["image"]) if family.exports else net(batch["image"], find=family.selection)
-        net.eval()
-        meter, outputs = task.meter(), task.predict(net, batch)
-        meter.update(outputs, batch)
         save_file(net.state_dict(), str(tmp_path / "model.safetensors"))
         other = network(3, seed=5, classes=1, family=name)
         other.load_state_dict(load_file(str(tmp_path / "model.safetensors")))
         again = task.predict(other.eval(), batch)
-    figures = meter.compute()
-    assert figures["ap50"] >= 0.95, figures
-    assert not family.has_masks or figures["mask_ap50"] >= 0.95, figures
+    assert figures["ap"] >= 0.95, figures
+    assert not family.has_masks or figures["mask_ap"] >= 0.95, figures
     for key in ("boxes", "scores", "classes"):
         assert torch.equal(outputs[key], again[key])
 
@@ -251,3 +265,23 @@ def test_every_one_stage_family_can_be_exported_for_any_number_of_images(name):
     box = Letterbox(width=96, height=64, interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
     pixels = torch.randint(0, 256, (3, 3, 64, 96), dtype=torch.uint8)
     assert traced_problem(network(3, family=name), box, make_family(name, 3), pixels) == ""
+
+
+@pytest.mark.parametrize("name", [n for n in FAMILIES if make_family(n, 3).exports])
+def test_onnx_runtime_computes_what_every_one_stage_family_does(name, tmp_path):
+    """One image, and three; the file is that of a bundle, from bytes to candidates."""
+    import onnxruntime
+
+    box = Letterbox(width=96, height=64, interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
+    path = tmp_path / "model.onnx"
+    served = export_detector(network(3, family=name), box, make_family(name, 3), path)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    pixels = torch.randint(0, 256, (3, 3, 64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for num in (1, 3):
+        with torch.inference_mode():
+            wanted = served(pixels[:num])
+        found = session.run(["boxes", "scores"], {"image": pixels[:num].numpy()})
+        for mine, theirs in zip(found, wanted, strict=True):
+            assert mine.shape == theirs.shape and np.abs(mine - theirs.numpy()).max() < 1e-3 * max(
+                1.0, float(theirs.abs().max())
+            )

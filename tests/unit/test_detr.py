@@ -34,7 +34,16 @@ from goodfit.tasks.detect import DetectTask
 from tiny_detr import TINY, write_tiny
 
 KINDS = tuple(TINY)
-STEPS = {"d_fine": 130, "deimv2": 150}
+# Peak rate, largest gradient norm and steps of a cycle in which each learns two squares by heart; another processor rounds otherwise, and
+# may need a second cycle. What is found of RF-DETR's masks is finer than AP of 0.95 asks only now and then.
+BY_HEART = {
+    "d_fine": (4e-3, 0.1, 300),
+    "rt_detr_v2": (4e-3, 0.1, 400),
+    "deimv2": (2e-3, 1.0, 250),
+    "rf_detr": (1e-3, 1.0, 400),
+    "masks": (1e-3, 1.0, 600),
+}
+CYCLES = 3
 BOX = Letterbox(width=96, height=96, interpolation="bilinear", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 
@@ -43,16 +52,19 @@ def network(kind, *, classes=1, seed=0, masks=False, **more):
     return DetrNetwork({"model_type": kind, **TINY[kind], **more}, num_classes=classes, masks=masks)
 
 
-def learned(net, task, batch, steps, lr=2e-3):
-    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=1e-4)
+def learned(net, task, batch, steps, lr=2e-3, clip=1.0, *, falls=False, decay=1e-4):
+    """Losses of some steps; `falls`: at a rate that falls to nothing over the second half."""
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=decay)
     losses = []
     torch.manual_seed(1)
-    for _ in range(steps):
+    for step in range(steps):
+        if falls:
+            optimizer.param_groups[0]["lr"] = lr * min(1.0, 2 * (1 - step / steps))
         optimizer.zero_grad()
         ((total, count),) = task.loss(net, batch).values()
         loss = total / max(1, int(count))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
         optimizer.step()
         losses.append(float(loss.detach()))
     return losses
@@ -61,24 +73,28 @@ def learned(net, task, batch, steps, lr=2e-3):
 @pytest.mark.parametrize("kind", [*KINDS, "masks"])
 def test_one_class_is_learned_by_heart_and_comes_back_from_disk(kind, tmp_path):
     masks = kind == "masks"
-    family = make_family("detr", 0, masks=masks)
+    family, (lr, clip, steps) = make_family("detr", 0, masks=masks), BY_HEART[kind]
     kind = "rf_detr" if masks else kind
-    net, task, batch = network(kind, masks=masks).train(), DetectTask(["thing"], family), scene_batch(masks=masks)
-    losses = learned(net, task, batch, STEPS.get(kind, 250), lr=2e-3)
+    net, task, batch = network(kind, masks=masks), DetectTask(["thing"], family), scene_batch(masks=masks)
+    figures, losses = {"ap": 0.0}, []
+    while figures["ap"] < 0.95 and len(losses) < CYCLES * steps:
+        losses += learned(
+            net.train(), task, batch, steps, lr / 2 ** (len(losses) // steps), clip, falls=True, decay=0.01
+        )
+        with torch.no_grad():
+            for _ in range(30):  # the running statistics catch up with the weights
+                net(batch["image"])
+            meter, outputs = task.meter(), task.predict(net.eval(), batch)
+        meter.update(outputs, batch)
+        figures = meter.compute()
     assert np.isfinite(losses).all() and np.mean(losses[-10:]) < 0.5 * losses[0]
     with torch.no_grad():
-        for _ in range(30):  # the running statistics catch up with the weights
-            net(batch["image"])
-        meter, outputs = task.meter(), task.predict(net.eval(), batch)
-        meter.update(outputs, batch)
         save_file({k: v.clone() for k, v in net.state_dict().items()}, str(tmp_path / "model.safetensors"))
         other = network(kind, seed=5, masks=masks)
         other.load_state_dict(load_file(str(tmp_path / "model.safetensors")))
         again = task.predict(other.eval(), batch)
-    figures = meter.compute()
-    assert figures["ap50"] >= 0.95, figures
-    assert figures["ap"] >= 0.7, figures
-    assert not masks or figures["mask_ap50"] >= 0.95, figures
+    assert figures["ap"] >= 0.95, figures
+    assert not masks or (figures["mask_ap50"] >= 0.95 and figures["mask_ap"] >= 0.85), figures
     for key in ("boxes", "scores", "classes"):
         assert torch.equal(outputs[key], again[key])
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from goodfit.config.monitor import read_monitor
-from goodfit.config.plan import Plan
+from goodfit.config.plan import EARLIER, Plan
 from goodfit.config.sizes import InputSizes
 from goodfit.core.errors import TrainingError
 from goodfit.core.machine import keep_freed_memory
@@ -298,8 +298,10 @@ def initial_state(
 
 
 def run_hashes(plan: Plan, data_sha256: str) -> dict[str, Any]:
-    """What a checkpoint must agree with: the hash of the plan's values, and of the data."""
-    values = {name: d.value for name, d in plan.decisions().items() if name not in NOT_COMPUTED}
+    """What a checkpoint must agree with: the hash of the plan's values, and of the data. What a plan of an earlier version did not
+    decide is left out, as it was in the hashes of that version."""
+    decided = {name: d for name, d in plan.decisions().items() if d.reason != EARLIER}
+    values = {name: d.value for name, d in decided.items() if name not in NOT_COMPUTED}
     text = json.dumps(values, sort_keys=True)
     return {"plan_sha256": hashlib.sha256(text.encode()).hexdigest(), "data_sha256": data_sha256}
 

@@ -3,33 +3,43 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from goodfit.api.detect_parts import assemble_detector
+from goodfit.api.detect_parts import DetectParts, assemble_detector
 from goodfit.api.prepare import Audited, data_facts, stage
-from goodfit.config.detect import NEUTRAL, STEP, resolve_detect, resolve_detector, split_model
-from goodfit.config.execution import ways_to_execute
+from goodfit.config.detect import (
+    NEUTRAL,
+    STEP,
+    detector_batches,
+    resolve_detect,
+    usual_detector_batch,
+)
+from goodfit.config.detector import coco_detector, resolve_detector, split_model
+from goodfit.config.execution import matching, ways_to_execute
 from goodfit.config.facts import DataFacts, Facts, MachineFacts, ModelFacts
-from goodfit.config.measured import Measured
+from goodfit.config.measured import MEMORY_SHARE, BatchCost, Measured, best_execution
 from goodfit.config.plan import Decision, Plan
 from goodfit.config.request import TrainRequest
 from goodfit.config.resolve import data_decisions
-from goodfit.core.errors import RequestError
+from goodfit.core.errors import GoodfitError, RequestError
 from goodfit.core.journal import Journal
+from goodfit.data.loader import MicroBatch
 from goodfit.engine.device import find_machine
 from goodfit.engine.freezing import plan_freezing
 from goodfit.models.catalog import look_up
 from goodfit.models.detection.build import make_network
 from goodfit.models.detection.detr_source import CONFIG, find_detr
 from goodfit.models.detection.transfer import DetectorCard, read_detector_card
-from goodfit.planning.inprocess import measure_ways_here
+from goodfit.planning.inprocess import measure_batches_here, measure_ways_here
 
 MEASURE_PAYS = 120.0  # projected seconds of a run from which ways to execute the step are compared ...
 MEASURE_SECONDS = 8.0  # ... for about as long
+BATCHES_PAY = 1800.0  # projected seconds from which batch sizes are timed too
 
 
 def decide_detector(request: TrainRequest, audited: Audited, journal: Journal, base: Plan | None) -> Plan:
@@ -45,25 +55,23 @@ def decide_detector(request: TrainRequest, audited: Audited, journal: Journal, b
         card = read_detector_card(request.pretrained) if request.pretrained and not described else None
         if request.model is None and (card is not None or described):
             request = replace(request, model=card.model if card is not None else f"detr/{request.pretrained}")
-        name, pretrained = resolve_detector(request, data, machine, base)
-        if split_model(name.value)[0] == "detr":
-            model, detector = _of_transformers(name, pretrained, card, base, masks=data.task == "segment")
-        else:
-            name, model = _over_pyramid(request, data, machine, base, card)
-            detector = {} if card is None else {"detector": Decision(card.detector, "as the weights have it", "rule")}
-        facts = Facts(data=data, machine=machine, model=model)
-        decided = {
-            **data_decisions(request, data, base),
-            **_weights(facts, replace(name, value=model.name), pretrained),
-            **detector,
-        }
-        task = audited.index.task
-        decided["task"] = Decision(
-            task, "the data has masks" if task == "segment" else "the data has boxes", decided["task"].source
-        )
-        plan = resolve_detect(request, facts, decided, base)
-        _check_freezing(plan)
-        if base is None and request.measure is not False and not plan.deterministic.value:
+        found = _find_model(request, data, machine, base, card)
+        try:
+            facts, decided, plan = _first_plan(
+                request, audited, base, Facts(data=data, machine=machine, model=found.facts), found
+            )
+        except RequestError as error:
+            if not found.offered:  # a person asked for something that cannot be
+                raise
+            found = _find_model(request, data, machine, base, card, refused=error.message)
+            facts, decided, plan = _first_plan(
+                request, audited, base, Facts(data=data, machine=machine, model=found.facts), found
+            )
+        measuring = base is None and request.measure is not False and not plan.deterministic.value
+        if request.memory and not measuring:
+            raise RequestError(f"batch={request.memory:g}, a share of the memory, needs the batch to be measured, which is off here.", where="batch=",
+                               kept="nothing was started", next=f"say how many pictures, as batch={plan.batch.value}")  # fmt: skip
+        if measuring:
             facts = _measured(request, facts, plan, audited)
             plan = resolve_detect(request, facts, decided, base)
         if plan.measured is not None and plan.measured.steps:
@@ -71,14 +79,71 @@ def decide_detector(request: TrainRequest, audited: Audited, journal: Journal, b
         for key, decision in shown_decisions(plan).items():
             journal.emit("decision", name=key, value=decision.value, reason=decision.reason, source=decision.source)
         licence = plan.weights.reason if plan.weights.value else "no pretrained weights"
-        note.text = f"{plan.model.value}, backbone of {model.num_parameters / 1e6:.1f} M parameters; {licence}; on {machine.device_name}"
+        note.text = f"{plan.model.value}, backbone of {facts.model.num_parameters / 1e6:.1f} M parameters; {licence}; on {machine.device_name}"
     return plan
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A detector: its name with the reason, its facts, its architecture where that is known already, whether it is pretrained, and whether
+    it is a transformer that nobody asked for, in whose place the rule's may come."""
+
+    name: Decision[str]
+    facts: ModelFacts
+    detector: dict[str, Decision[Any]]
+    pretrained: Decision[str]
+    offered: bool = False
+
+
+def _first_plan(
+    request: TrainRequest, audited: Audited, base: Plan | None, facts: Facts, found: _Found
+) -> tuple[Facts, dict[str, Decision[Any]], Plan]:
+    """The plan by rule; with it what was decided before."""
+    task = audited.index.task
+    decided = {
+        **data_decisions(request, facts.data, base),
+        **_weights(facts, replace(found.name, value=found.facts.name), found.pretrained),
+        **found.detector,
+    }
+    reason = "the data has masks" if task == "segment" else "the data has boxes"
+    decided["task"] = Decision(task, reason, decided["task"].source)
+    plan = resolve_detect(request, facts, decided, base)
+    _check_freezing(plan)
+    return facts, decided, plan
+
+
+def _find_model(
+    request: TrainRequest, data: DataFacts, machine: MachineFacts, base: Plan | None, card: DetectorCard | None, *, refused: str = ""
+) -> _Found:  # fmt: skip
+    """The model. A transformer that was not asked for and cannot be had (no network, or the library is not installed), or was `refused`,
+    leaves its place to the rule."""
+    name, pretrained = resolve_detector(request, data, machine, base)
+    masks = data.task == "segment"
+    if split_model(name.value)[0] == "detr":
+        return _Found(name, *_of_transformers(name, pretrained, card, base, masks=masks), pretrained)
+    repository, note = coco_detector(request, data, machine) if base is None and card is None else ("", "")
+    if repository and not refused:
+        tried: Decision[str] = Decision(f"detr/{repository}", note, "rule")
+        try:
+            facts, detector = _of_transformers(tried, replace(pretrained, source="asked"), None, None, masks=masks)
+            return _Found(tried, facts, detector, pretrained, offered=True)
+        except GoodfitError as error:
+            refused = error.message
+    if refused:
+        note = f"{repository}, which COCO's objects have taught, cannot be had: {refused}"
+    detector = {} if card is None else {"detector": Decision(card.detector, "as the weights have it", "rule")}
+    return _Found(*_over_pyramid(request, data, machine, base, card, note), detector, pretrained)
+
+
 def _over_pyramid(
-    request: TrainRequest, data: DataFacts, machine: MachineFacts, base: Plan | None, card: DetectorCard | None
+    request: TrainRequest,
+    data: DataFacts,
+    machine: MachineFacts,
+    base: Plan | None,
+    card: DetectorCard | None,
+    note: str,
 ) -> tuple[Decision[str], ModelFacts]:
-    """A family over a timm backbone: its name with the reason, and the facts of the backbone."""
+    """A family over a timm backbone: its name with the reason and a note, and the facts of the backbone."""
     name, pretrained = resolve_detector(request, data, machine, base)
     family, backbone = split_model(name.value)
     if card is not None and (family, backbone or split_model(card.model)[1]) != split_model(card.model):
@@ -92,6 +157,8 @@ def _over_pyramid(
         found = replace(
             look_up(split_model(name.value)[1], "false", asked=False), weights_problem=found.weights_problem
         )
+    if note and name.source == "rule":
+        name = replace(name, reason=f"{name.reason}; {note}")
     return name, replace(found, name=f"{family}/{found.name}", stride=STEP, size_step=STEP)
 
 
@@ -157,18 +224,38 @@ def _weights(facts: Facts, name: Decision[str], pretrained: Decision[str]) -> di
 
 
 def _measured(request: TrainRequest, facts: Facts, plan: Plan, audited: Audited) -> Facts:
-    """The facts with ways to execute the step compared on copies in this process."""
+    """The facts with ways to execute the step compared on copies in this process, and batch sizes where that was asked for or pays."""
     parts = assemble_detector(plan.changed(compile="off", cache="off", workers=0), audited.index)
     group = parts.train.group(0, 0, plan.accumulate.value)
     costs = measure_ways_here(parts.state.model, parts.context, parts.optimizer_for, group, [(plan.precision.value, plan.channels_last.value)],
                               seconds=0.0, ema=plan.ema.value)  # fmt: skip
     run = plan.epochs.value * parts.train.steps_per_epoch * sum(cost.seconds for cost in costs)
     run = min(run, plan.time.value or run)
-    if not request.measure and run < MEASURE_PAYS:
+    if not (request.measure or request.memory) and run < MEASURE_PAYS:
         return facts
     start = time.monotonic()
     costs = measure_ways_here(parts.state.model, parts.context, parts.optimizer_for, group, ways_to_execute(plan, facts.machine),
                               seconds=MEASURE_SECONDS, ema=plan.ema.value)  # fmt: skip
-    return replace(
-        facts, measured=Measured(batch=plan.batch.value, steps=tuple(costs), seconds=time.monotonic() - start)
-    )
+    batches: list[BatchCost] = []
+    memory = int((request.memory or MEMORY_SHARE) * facts.machine.free_memory)
+    best = best_execution(matching(costs, plan.precision, plan.channels_last))
+    if best is not None and (
+        request.memory or request.measure or (plan.batch.source != "asked" and run >= BATCHES_PAY)
+    ):
+        del parts
+        way = plan.changed(
+            precision=best.precision, channels_last=best.channels_last, compile="off", cache="off", workers=0
+        )
+        parts = assemble_detector(way, audited.index)
+        sizes = detector_batches(facts.data, usual_detector_batch(facts.data, facts.machine))
+        batches = measure_batches_here(parts.state.model, parts.context, parts.optimizer_for, partial(_largest_group, parts), sizes,
+                                       memory=memory, seconds=MEASURE_SECONDS, ema=plan.ema.value)  # fmt: skip
+    return replace(facts, measured=Measured(batch=plan.batch.value, steps=tuple(costs), batches=tuple(batches),
+                                            memory=memory if batches else 0, seconds=time.monotonic() - start))  # fmt: skip
+
+
+def _largest_group(parts: DetectParts, size: int) -> list[MicroBatch]:
+    """A batch of so many pictures at the largest input of the run, at once."""
+    loader = parts.train.evenly()
+    loader.batch = size
+    return loader.group(0, 0, 1)

@@ -8,12 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 from goodfit.api.assemble import EVAL_BATCH, KEEP_BYTES, NUM_FEW, ImageParts, fit_settings, initial_state
+from goodfit.config.detect import usual_most
 from goodfit.config.plan import Plan
 from goodfit.config.sizes import InputSizes
 from goodfit.data.batch_transform import ImageBatchTransform
 from goodfit.data.index import DatasetIndex
 from goodfit.data.loader import MicroBatch, TrainLoader
-from goodfit.data.objects import MaskBook
+from goodfit.data.objects import MaskBook, most_objects, repeat_factors
 from goodfit.data.scene_loader import SceneReader, SceneSamples
 from goodfit.data.scenes import SCENE_PRESETS
 from goodfit.data.split import subset
@@ -25,10 +26,10 @@ from goodfit.engine.ranks import Ranks
 from goodfit.engine.step import StepContext
 from goodfit.models.detection.build import build_detector, family_of
 from goodfit.models.groups import parameter_groups
-from goodfit.runtime.detections import Selection
 from goodfit.runtime.letterbox import Letterbox
 from goodfit.tasks.detect import DetectTask
 
+CANDIDATES = 3  # that are looked at for each object that may be reported, at least
 JUDGED = 100  # training pictures that the finished model is measured on, at most
 
 
@@ -50,12 +51,13 @@ class DetectParts(ImageParts):
         return _reader(self.plan, self.index, rows, self.task, keep=False)
 
     def few_samples(self) -> MicroBatch:
-        """Eight training samples, those with objects first, through the serving path."""
+        """Eight training samples, those with objects first, through the serving path; fewer where memory ran out for a micro-batch."""
         objects = self.index.objects
         assert objects is not None
         rows = self.train.rows
         counts = np.bincount(objects.rows[objects.kept & ~objects.crowd], minlength=len(self.index))[rows]
-        chosen = rows[np.argsort(counts == 0, kind="stable")][:NUM_FEW]
+        num = max(2, NUM_FEW * self.plan.accumulate.value // self.state.progress.num_micro)
+        chosen = rows[np.argsort(counts == 0, kind="stable")][:num]
         (micro,) = self.eval_loader(chosen)
         return micro
 
@@ -76,14 +78,6 @@ def _reader(
                        threads=plan.threads.value, collate=task.collate, keep=keep, rank=ranks.rank, size=ranks.size, masks=masks)  # fmt: skip
 
 
-def _most(index: DatasetIndex, rows: npt.NDArray[np.int64]) -> int:
-    """How many objects of a picture are reported: COCO's hundred, or half as many again as a training picture has."""
-    objects = index.objects
-    assert objects is not None
-    counts = np.bincount(objects.rows[objects.kept & ~objects.crowd], minlength=len(index))[rows]
-    return max(Selection().most, 3 * int(counts.max(initial=0)) // 2)
-
-
 def assemble_detector(plan: Plan, index: DatasetIndex, *, workers: int | None = None) -> DetectParts:
     """Build everything. The same plan and index give the same state, bit for bit, in any process.
 
@@ -96,7 +90,9 @@ def assemble_detector(plan: Plan, index: DatasetIndex, *, workers: int | None = 
     rows = subset(index, plan.fraction.value, plan.split_seed.value)
     ranks, letterbox = Ranks(), Letterbox.from_dict(plan.preprocessing.value)
     family = family_of(plan)
-    task = DetectTask(index.class_names, family, selection=replace(family.selection, most=_most(index, rows)))
+    most = plan.max_det.value or usual_most(most_objects(index, rows))
+    selection = replace(family.selection, most=most, candidates=max(family.selection.candidates, CANDIDATES * most))
+    task = DetectTask(index.class_names, family, selection=selection)
     masks = MaskBook(index) if task.family.has_masks else None
     sizes = InputSizes.of(plan)
     short = round(sizes.kept_for(plan.scale.value) * min(letterbox.shape) / max(letterbox.shape))
@@ -106,8 +102,9 @@ def assemble_detector(plan: Plan, index: DatasetIndex, *, workers: int | None = 
     preset = replace(preset, zoom=zoom, mosaic=plan.mosaic.value, copy_paste=plan.copy_paste.value)
     samples = SceneSamples(index=index, store=store, rows=rows, preset=preset, letterbox=letterbox, flip=plan.flip.value,
                            seed=plan.seed.value, collate=task.collate, sizes=sizes, masks=masks)  # fmt: skip
+    repeats = repeat_factors(index, rows) if plan.balance.value == "sample" else None
     train = TrainLoader(samples, rows, batch=plan.batch.value, workers=plan.workers.value if workers is None else workers,
-                        threads=1 if plan.device.value == "cpu" else plan.threads.value, prefetch=plan.prefetch.value, rank=ranks.rank,
+                        threads=1 if plan.device.value == "cpu" else plan.threads.value, prefetch=plan.prefetch.value, repeats=repeats, rank=ranks.rank,
                         size=ranks.size)  # fmt: skip
     val_rows = index.rows("val")
     kept = len(val_rows) * 3 * letterbox.width * letterbox.height <= KEEP_BYTES

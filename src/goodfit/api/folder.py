@@ -70,8 +70,11 @@ class Run:
         """The folder of the bundle."""
         return self.path / "bundle"
 
-    def predict(self, images: Sequence[str | Path | bytes]) -> list[dict[str, Any]]:
+    def predict(self, images: Sequence[str | Path | bytes], *, threshold: float | None = None) -> list[dict[str, Any]]:
         """Predict images with the run's bundle; as goodfit.runtime.Predictor.predict.
+
+        Args:
+            threshold: Of a detector: the confidence from which an object is reported, in place of the one chosen on validation.
 
         Raises:
             RequestError: it trained a module of a user's, which has no bundle.
@@ -81,7 +84,7 @@ class Run:
                                next="call the module: goodfit.fit loaded the best weights into it")  # fmt: skip
         from goodfit.api.predict import open_predictor
 
-        return open_predictor(self.bundle).predict(images)
+        return open_predictor(self.bundle).predict(images, threshold=threshold)
 
 
 def open_run(path: str | Path) -> Run:

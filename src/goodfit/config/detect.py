@@ -1,4 +1,4 @@
-"""The plan of a detector: which family over which backbone, the shape of its input, and what else differs from one class per image.
+"""The plan of a detector: the shape of its input, and what else differs from one class per image.
 
 Pure functions, and the only home of these defaults.
 """
@@ -9,8 +9,10 @@ import math
 from typing import Any
 
 from goodfit.config.chooser import Chooser
-from goodfit.config.execution import choose_execution
+from goodfit.config.detector import split_model
+from goodfit.config.execution import MIN_STEPS_PER_EPOCH, choose_execution, told_if_slow
 from goodfit.config.facts import DataFacts, Facts, MachineFacts, ModelFacts
+from goodfit.config.measured import best_batch, explain_batch
 from goodfit.config.monitor import check_monitor
 from goodfit.config.plan import Decision, Plan
 from goodfit.config.recipe import choose_recipe
@@ -18,9 +20,6 @@ from goodfit.config.request import TrainRequest
 from goodfit.config.sizes import InputSizes, choose_sizes
 from goodfit.core.errors import RequestError
 
-FAMILIES = ("fcos", "retinanet", "ssdlite", "fasterrcnn", "maskrcnn", "detr")
-BOX_FAMILIES = ("fcos", "retinanet", "ssdlite", "fasterrcnn", "detr")
-MASK_FAMILIES = ("maskrcnn", "detr")
 TWO_STAGES = ("fasterrcnn", "maskrcnn")
 STEP = 32  # pixels: both sides of the input are multiples of it
 FIGURES = ("ap", "ap50", "ap75", "loss")  # that validation gives ...
@@ -30,88 +29,19 @@ OBJECT_SIDE = 14.0  # pixels of the input that the smaller objects should have: 
 BATCH = {"cpu": 8, "cuda": 16}
 MASK_BATCH = 4  # on a processor: dense masks of every object take memory
 CLOSE = 0.1
+MOST = 100  # objects of a picture, as COCO counts them
+MOST_DOUBLINGS = 3  # of the usual batch
 SAMPLED = 64  # proposals of an image that a second stage learns from on a processor: an eighth of the published number
 _ONE_CLASS = "this is for images with one class each"
 _NOT_YET = "this is not done for detectors yet"
 WHY_NOT = {  # options that detection refuses, and why
-    **dict.fromkeys(("label_smoothing", "mixup", "cutmix", "policy", "erase", "balance", "dropout"), _ONE_CLASS),
-    **dict.fromkeys(("lr_find", "batch_study", "latency", "latency_threads", "drop_path", "memory"), _NOT_YET),
+    **dict.fromkeys(("label_smoothing", "mixup", "cutmix", "policy", "erase", "dropout"), _ONE_CLASS),
+    **dict.fromkeys(("lr_find", "batch_study", "latency", "latency_threads", "drop_path"), _NOT_YET),
 }
 NEUTRAL: dict[str, Any] = {  # decisions that mean nothing here
-    "label_smoothing": 0.0, "dropout": 0.0, "drop_path": 0.0, "balance": "off", "policy": "off", "erase": 0.0, "mixup": 0.0,
+    "label_smoothing": 0.0, "dropout": 0.0, "drop_path": 0.0, "policy": "off", "erase": 0.0, "mixup": 0.0,
     "cutmix": 0.0, "latency": 0.0, "latency_threads": 1,
 }  # fmt: skip
-SCRATCH = ("resnet10t", "small pictures, which share little with the photos that weights were trained on")
-SMALL_SIDE = 160  # pixels
-BACKBONES = {
-    "cpu": ("mobilenetv2_100", "few multiply-adds and good maps: a processor"),
-    "cuda": ("resnet50", "this GPU has room for it"),
-}
-
-
-def split_model(name: str | None) -> tuple[str, str]:
-    """Family and backbone of a name as `fcos/resnet18`, `fcos` or `resnet18`; "" where it says nothing.
-
-    Raises:
-        RequestError: there is no such family.
-    """
-    if not name:
-        return "", ""
-    first, slash, rest = name.partition("/")
-    if first == "detr" and not rest:
-        raise RequestError("model=detr says no detector of transformers.", where="model=",
-                           next="model=detr/FOLDER, or model=detr/ORG/NAME of the hub, as in detr/ustc-community/dfine-nano-coco")  # fmt: skip
-    if first in FAMILIES:
-        return first, rest
-    if slash:
-        raise RequestError(f"There is no family of detectors called {first}.", where="model=",
-                           next=f"{', '.join(FAMILIES)}, as in model={FAMILIES[0]}/resnet18")  # fmt: skip
-    return "", first
-
-
-def resolve_detector(
-    request: TrainRequest, data: DataFacts, machine: MachineFacts, base: Plan | None = None, *, weights: bool = True
-) -> tuple[Decision[str], Decision[str]]:
-    """The model, as family/backbone, and where its pretrained weights come from.
-
-    The backbone is "" where it is to be found by the tensors of a weight file.
-
-    Args:
-        weights: Whether pretrained weights can be had, as far as is known.
-
-    Raises:
-        RequestError: there is no such family, or it does not fit the task.
-    """
-    choose = Chooser(request, base)
-    masks, small = data.task == "segment", data.median_side <= SMALL_SIDE
-    if base is not None and base.task.value != data.task:
-        raise RequestError(
-            f"plan={request.plan}: this is a plan for the task {base.task.value}.",
-            next=f"give one for the task {data.task}",
-        )
-    family, backbone = split_model(request.model if base is None or request.model else base.model.value)
-    if base is not None and request.pretrained is None:
-        same = {"file": base.weights.value, "hub": "true"}.get(base.pretrained.value, "false")
-        pretrained = Decision(same, base.pretrained.reason, base.pretrained.source)
-    else:
-        pretrained = choose("pretrained", "false" if small else "true", f"pictures of {data.median_side} px share little with photos" if small else
-                            f"{data.num_train:,} pictures: a backbone that has seen photos learns far faster")  # fmt: skip
-    file = pretrained.value not in ("true", "false")
-    usual, why = BACKBONES["cuda" if machine.device == "cuda" else "cpu"]
-    if small or not weights:
-        usual, why = SCRATCH[0], SCRATCH[1] if small else "no pretrained weights: the smallest that learns from scratch"
-    family = family or ("maskrcnn" if masks else FAMILIES[0])
-    if family not in (MASK_FAMILIES if masks else BOX_FAMILIES):
-        raise RequestError(f"model={family}: this family gives {'no masks' if masks else 'masks'}, and the data {'has some' if masks else 'has none'}.",
-                           where="model=", next=f"use model={MASK_FAMILIES[0] if masks else FAMILIES[0]}, or task=detect to learn the boxes alone")  # fmt: skip
-    kind = "two stages, of which the second gives masks" if masks else "one stage without anchors to choose"
-    if family == "detr":
-        kind = "a transformer that gives one answer for an object"
-    reason = f"{family}, {kind}; {why}" if not backbone else "asked for"
-    if not backbone and not (file and pretrained.source == "asked"):
-        backbone = usual
-    source = "asked" if request.model is not None else "rule" if base is None else base.model.source
-    return Decision(f"{family}/{backbone}", reason, source), pretrained
 
 
 def resolve_detect(
@@ -145,17 +75,11 @@ def resolve_detect(
     inputs = InputSizes(imgsz=imgsz.value, epochs=epochs, step=step, multi_scale=sizes["multi_scale"].value,
                         progressive=sizes["progressive"].value)  # fmt: skip
     augmentation = _augmentation(choose, facts.data)
-    masks = task == "segment"
-    monitor = choose(
-        "monitor",
-        "mask_ap" if masks else "ap",
-        f"average precision{' of the masks' if masks else ''} over IoU 0.5 to 0.95; ties are broken by the loss",
-    )
-    check_monitor(monitor.value, (*FIGURES, *(MASK_FIGURES if masks else ())))
-    letterbox = _letterbox(imgsz.value, facts)
+    monitor = _monitor(choose, masks=task == "segment")
+    letterbox, most = _letterbox(imgsz.value, facts), _most(choose, facts.data)
     _check_places(facts.model, inputs, letterbox.value)
     detector = decided.get("detector") or _architecture(choose.unless_changed("model"), facts.machine, inputs.smallest * min(facts.data.shape),
-                                                                 split_model(decided["model"].value)[0])  # fmt: skip
+                                                           split_model(decided["model"].value)[0], most.value)  # fmt: skip
     settled: dict[str, Any] = {**decided, "detector": detector}
     return Plan(
         **settled,
@@ -167,6 +91,7 @@ def resolve_detect(
         **sizes,
         **augmentation,
         **choose_execution(choose, facts, inputs, augmentation["scale"].value),
+        max_det=most,
         monitor=monitor,
         seed=choose("seed", 0, "fixed, so that the run can be repeated"),
         deterministic=choose("deterministic", False, "the CPU repeats itself anyway; on a GPU it costs speed"),
@@ -174,6 +99,43 @@ def resolve_detect(
         **{name: Decision(value, "means nothing for a detector", "rule") for name, value in NEUTRAL.items()},
         measured=facts.measured if base is None else base.measured,
     )
+
+
+def _balance(choose: Chooser, data: DataFacts) -> Decision[str]:
+    """Whether pictures of rare classes come more often."""
+    ratio = data.largest_class / max(1, data.smallest_class)
+    balance = choose("balance", "off", f"the largest class has {ratio:.1f} times the objects of the smallest; sample repeats pictures of rare classes, "
+                     "whose gain was not shown here")  # fmt: skip
+    if balance.value not in ("off", "sample"):
+        raise RequestError(f"balance={balance.value} is for images with one class each; detectors know off and sample.", where="balance=",
+                           next="balance=sample")  # fmt: skip
+    return balance
+
+
+def _monitor(choose: Chooser, *, masks: bool) -> Decision[str]:
+    """The figure of validation that is watched."""
+    kind = " of the masks" if masks else ""
+    monitor = choose(
+        "monitor",
+        "mask_ap" if masks else "ap",
+        f"average precision{kind} over IoU 0.5 to 0.95; ties are broken by the loss",
+    )
+    check_monitor(monitor.value, (*FIGURES, *(MASK_FIGURES if masks else ())))
+    return monitor
+
+
+def usual_most(fullest: int) -> int:
+    """How many objects of a picture are reported, at most, where the fullest training picture has so many."""
+    return max(MOST, 3 * fullest // 2)
+
+
+def _most(choose: Chooser, data: DataFacts) -> Decision[int]:
+    """How many objects of a picture are reported, at most."""
+    most = usual_most(data.most_objects)
+    if choose.base is not None and not choose.base.max_det.value:  # an earlier version's plan
+        choose = Chooser(choose.request, None)
+    return choose("max_det", most, f"half as many again as the fullest training picture, with {data.most_objects:,}" if most > MOST
+                  else f"as COCO counts; the fullest training picture has {data.most_objects:,}")  # fmt: skip
 
 
 def _refuse_layers(recipe: dict[str, Decision[Any]]) -> None:
@@ -249,7 +211,9 @@ def _check_places(model: ModelFacts, inputs: InputSizes, letterbox: dict[str, An
                            "or more, or another model")  # fmt: skip
 
 
-def _architecture(choose: Chooser, machine: MachineFacts, side: float, family: str) -> Decision[dict[str, Any]]:
+def _architecture(
+    choose: Chooser, machine: MachineFacts, side: float, family: str, most: int
+) -> Decision[dict[str, Any]]:
     """Width, depth and levels of the head; of two stages also what the second learns from.
 
     The coarsest level has two places each way at least: one alone sees nothing that the next finer does not, and torch 2.14's
@@ -257,6 +221,7 @@ def _architecture(choose: Chooser, machine: MachineFacts, side: float, family: s
 
     Args:
         side: The shorter side of the smallest input, pixels.
+        most: Objects of a picture that are to be found.
     """
     large = machine.device == "cuda"
     value = {"channels": 256, "convs": 4, "levels": 5} if large else {"channels": 128, "convs": 2, "levels": 4}
@@ -269,6 +234,7 @@ def _architecture(choose: Chooser, machine: MachineFacts, side: float, family: s
             if large
             else {"sampled": SAMPLED, "points": 1, "proposals": 500}
         )
+        value["proposals"] = max(value["proposals"], 2 * most)
     value["levels"] = max(3, min(value["levels"], int(math.log2(max(8.0, side / 2) / 8)) + 1))
     reason = (
         "as published"
@@ -278,14 +244,40 @@ def _architecture(choose: Chooser, machine: MachineFacts, side: float, family: s
     return choose("detector", value, reason)
 
 
-def _batch(choose: Chooser, facts: Facts) -> tuple[Decision[int], Decision[int]]:
-    large = facts.machine.device == "cuda"
-    usual = min(
-        MASK_BATCH if facts.data.task == "segment" and not large else BATCH["cuda" if large else "cpu"],
-        facts.data.num_train,
+def usual_detector_batch(data: DataFacts, machine: MachineFacts) -> int:
+    """Pictures per update where nothing was measured."""
+    large = machine.device == "cuda"
+    return min(
+        MASK_BATCH if data.task == "segment" and not large else BATCH["cuda" if large else "cpu"], data.num_train
     )
+
+
+def detector_batches(data: DataFacts, usual: int) -> tuple[int, ...]:
+    """Sizes to measure, upwards: a quarter of the usual one, for a memory that is small, up to what leaves 20 updates an epoch."""
+    most = max(usual, data.num_train // MIN_STEPS_PER_EPOCH)
+    doubled = (usual << k for k in range(MOST_DOUBLINGS + 1))
+    return tuple(sorted({max(1, usual // 4), max(1, usual // 2), *(size for size in doubled if size <= most)}))
+
+
+def _batch(choose: Chooser, facts: Facts) -> tuple[Decision[int], Decision[int]]:
+    """The usual size; a larger one where that was measured and pays, and in parts where it does not fit at once."""
+    usual, measured = usual_detector_batch(facts.data, facts.machine), facts.measured
     batch = choose("batch", usual, "the usual size for detectors, whose pictures hold many samples each")
     accumulate = choose("accumulate", 1, "the batch fits at once")
+    if measured is not None and measured.batches:
+        found = best_batch([b for b in measured.batches if b.batch >= usual], measured.memory)
+        fitting = [b for b in measured.batches if not b.problem and b.memory <= measured.memory]
+        if found is not None:
+            batch = choose("batch", found.batch, explain_batch(measured.batches, found, measured.memory), "measured")
+        too_large = any(
+            b.memory > measured.memory or "memory" in b.problem or "GB" in b.problem for b in measured.batches
+        )
+        largest = max((b.batch for b in fitting), default=1)
+        if batch.value > largest and too_large:
+            reason = f"{largest} picture{'s' if largest > 1 else ''} at once fit{'' if largest > 1 else 's'} into {measured.memory / 1e9:.1f} GB"
+            accumulate = choose("accumulate", min(batch.value, math.ceil(batch.value / largest)), reason, "measured")
+        if batch.source == "asked":
+            batch = told_if_slow(batch, measured)
     if accumulate.value > batch.value or batch.value > facts.data.num_train:
         most = facts.data.num_train
         raise RequestError(f"batch={batch.value} with accumulate={accumulate.value} does not fit: the training split has {most} pictures.",
@@ -318,6 +310,7 @@ def _augmentation(choose: Chooser, data: DataFacts) -> dict[str, Decision[Any]]:
                    "the last tenth of the epochs on whole pictures, with a third of the zoom")  # fmt: skip
     return {
         "augment": augment,
+        "balance": _balance(choose, data),
         "flip": flip,
         "scale": scale,
         "mosaic": mosaic,

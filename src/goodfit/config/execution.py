@@ -53,7 +53,7 @@ def choose_batch(choose: Chooser, facts: Facts) -> tuple[Decision[int], Decision
     else:
         batch = choose("batch", usual_batch(data.num_train), _batch_reason(data.num_train))
     if measured is not None and batch.source == "asked":
-        batch = _slow_batch(batch, measured)
+        batch = told_if_slow(batch, measured)
     if measured is not None and measured.study_problem:
         batch = replace(batch, reason=f"{batch.reason}; batch=study was not done: {measured.study_problem}")
     accumulate = choose("accumulate", 1, "the batch fits at once")
@@ -61,7 +61,7 @@ def choose_batch(choose: Chooser, facts: Facts) -> tuple[Decision[int], Decision
     return batch, accumulate
 
 
-def _slow_batch(batch: Decision[int], measured: Measured) -> Decision[int]:
+def told_if_slow(batch: Decision[int], measured: Measured) -> Decision[int]:
     """What was asked stays, with what it costs where another size is at least a fifth faster."""
     asked = next((b for b in measured.batches if b.batch == batch.value and b.seconds), None)
     best = best_batch(measured.batches, measured.memory)

@@ -27,6 +27,7 @@ class DataFacts:
     decode_seconds: float  # to decode one image, on one thread, measured during the audit
     task: str = "classify"
     shape: tuple[float, float] = (1.0, 1.0)  # width and height over the longer side, of nearly all pictures
+    most_objects: int = 0  # of a training picture, crowds left aside
     object_side: float = 0.0  # of the smaller objects, as a share of the picture's longer side; 0 where there are none
 
 

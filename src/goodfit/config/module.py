@@ -37,7 +37,7 @@ NEUTRAL: dict[str, Any] = {  # decisions that mean nothing here
     "preprocessing": {}, "label_smoothing": 0.0, "dropout": 0.0, "drop_path": 0.0, "balance": "off", "augment": "off",
     "scale": 0.0, "multi_scale": 0.0, "progressive": 1.0, "size_step": 0, "policy": "off", "erase": 0.0, "close_augment": 0.0,
     "flip": 0.0, "mixup": 0.0, "cutmix": 0.0, "layer_decay": 1.0, "freeze": "", "unfreeze": "never", "cache": "off", "latency": 0.0,
-    "latency_threads": 1, "detector": {}, "mosaic": 0.0, "copy_paste": 0.0,
+    "latency_threads": 1, "detector": {}, "mosaic": 0.0, "copy_paste": 0.0, "max_det": 0,
 }  # fmt: skip
 NEUTRAL_REASON = "up to the module, its loss and its dataset"
 

@@ -16,8 +16,9 @@ ADDED: dict[str, Any] = {  # decisions that plans of earlier versions lack, and 
     "compile": "off", "allocator": "keep", "prefetch": 2, "latency": 0.0, "latency_threads": 1, "most_epochs": 0, "time": 0.0,
     "layer_decay": 1.0, "freeze": "", "unfreeze": "never", "decay": 0.2, "milestones": [], "period": 0.0, "gamma": 0.1,
     "clip_value": 0.0, "swa": 0.0, "scale": 0.0, "multi_scale": 0.0, "progressive": 1.0, "size_step": 32,
-    "mosaic": 0.0, "detector": {}, "copy_paste": 0.0,
+    "mosaic": 0.0, "detector": {}, "copy_paste": 0.0, "max_det": 0,
 }  # fmt: skip
+EARLIER = "an earlier version's way"  # the reason of those
 T_co = TypeVar("T_co", covariant=True)
 
 
@@ -94,6 +95,9 @@ class Plan:
     cutmix: Decision[float]
     mosaic: Decision[float]  # probability that four pictures with objects share an input
     copy_paste: Decision[float]  # probability that objects with masks of another picture lie upon an input
+    max_det: Decision[
+        int
+    ]  # objects that a detector reports of a picture, at most; 0 without one, and as the data has it in plans of earlier versions
     precision: Decision[str]
     channels_last: Decision[bool]
     compile: Decision[str]
@@ -143,7 +147,7 @@ class Plan:
         table = value.get("decisions") if isinstance(value, dict) else None
         if not isinstance(table, dict):
             raise RequestError("This is not a plan: it has no decisions.", where=where)
-        added = {n: {"value": v, "reason": "an earlier version's way", "source": "rule"} for n, v in ADDED.items()}
+        added = {n: {"value": v, "reason": EARLIER, "source": "rule"} for n, v in ADDED.items()}
         table = added | table
         expected = {f.name: str(f.type) for f in fields(cls) if f.name != "measured"}
         problems = [f"{name}: no such decision" for name in table if name not in expected]

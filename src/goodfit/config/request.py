@@ -106,6 +106,9 @@ class TrainRequest:
     prefetch: int | None = _ask("int", "Data", "batches that each loader process prepares ahead",
                                 aliases=("prefetch_factor",), low=1, high=64)  # fmt: skip
 
+    max_det: int | None = _ask("int", "Data", "objects that a detector reports of a picture, at most", aliases=("detections_per_img",), low=1,
+                               high=10_000)  # fmt: skip
+
     augment: str | None = _ask("choice", "Augmentation", "strength of the preset",
                                choices=("off", "light", "standard", "strong"))  # fmt: skip
     policy: str | None = _ask("choice", "Augmentation", "random operations: TrivialAugment or RandAugment",

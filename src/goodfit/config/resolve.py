@@ -99,7 +99,7 @@ def resolve(request: TrainRequest, facts: Facts, base: Plan | None = None) -> Pl
     """
     choose = Chooser(request, base)
     data, machine, model = facts.data, facts.machine, facts.model
-    for name in ("mosaic", "copy_paste"):
+    for name in ("mosaic", "copy_paste", "max_det"):
         if getattr(request, name):
             raise RequestError(
                 f"{name}= is for pictures with objects, and these have one class each.",
@@ -125,6 +125,7 @@ def resolve(request: TrainRequest, facts: Facts, base: Plan | None = None) -> Pl
         detector=Decision({}, "one class per image", "rule"),
         mosaic=Decision(0.0, "one class per image", "rule"),
         copy_paste=Decision(0.0, "one class per image", "rule"),
+        max_det=Decision(0, "one class per image", "rule"),
         batch=batch,
         accumulate=accumulate,
         **recipe,

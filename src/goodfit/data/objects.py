@@ -15,6 +15,7 @@ from goodfit.data.index import DatasetIndex
 from goodfit.data.masks import cut_polygons, draw_mask
 from goodfit.runtime.masks import CutMask, cut_mask
 
+MOST_REPEATS = 10.0  # of a picture with a rare class
 BOOK_BYTES = 256 << 20  # of cut-outs, a byte a pixel: those of 100,000 objects of 50 × 50
 
 
@@ -51,6 +52,31 @@ def objects_of(index: DatasetIndex, row: int) -> SampleObjects:
     areas = np.full(len(kept), np.nan) if objects.areas is None else objects.areas[part][kept]
     return SampleObjects(boxes[whole], objects.classes[part][kept].astype(np.int64), objects.crowd[part][kept],
                          kept + part.start, areas)  # fmt: skip
+
+
+def most_objects(index: DatasetIndex, rows: npt.NDArray[np.int64]) -> int:
+    """How many a picture has of which none is a crowd, at most."""
+    if index.objects is None:
+        return 0
+    learned = index.objects.kept & ~index.objects.crowd
+    return int(np.bincount(index.objects.rows[learned], minlength=len(index))[rows].max(initial=0))
+
+
+def repeat_factors(index: DatasetIndex, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """How often each picture is to come, so that rare classes are seen more: by the rarest class that it shows, the square root of the
+    most frequent class's pictures over those of that class, ten at most; 1 for a picture without objects. Shape: (rows,).
+
+    Repeat-factor sampling as of LVIS (Gupta, Dollár and Girshick 2019), with the most frequent class as its threshold.
+    """
+    objects = index.objects
+    assert objects is not None
+    learned = objects.kept & ~objects.crowd
+    shown = np.zeros((len(index), len(index.class_names)), bool)
+    shown[objects.rows[learned], objects.classes[learned]] = True
+    shown = shown[rows]
+    counts = shown.sum(axis=0)
+    factors = np.sqrt(counts.max(initial=1) / np.maximum(1, counts))
+    return np.clip(np.where(shown, factors[None, :], 1.0).max(axis=1, initial=1.0), 1.0, MOST_REPEATS)
 
 
 class MaskBook:
