@@ -17,14 +17,18 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import goodfit
+from goodfit.api.assemble import execution
 from goodfit.api.decide import decide
 from goodfit.api.demo import write_scenes
 from goodfit.api.detect_parts import assemble_detector
 from goodfit.api.prepare import read_and_audit
 from goodfit.config.parse import parse_request
-from goodfit.core.errors import ExportError, RequestError
+from goodfit.core.errors import ExportError, RequestError, Stopped
 from goodfit.core.journal import Journal
+from goodfit.engine.checkpoint import Checkpoints, restore, take_snapshot, tensors_sha256
+from goodfit.engine.loop import fit
 from goodfit.outcome.torch_predictor import TorchPredictor, check_torch_bundle
+from goodfit.planning.rehearsal import RehearsalError
 from goodfit.runtime import Predictor
 from tiny_detr import write_tiny
 
@@ -172,6 +176,49 @@ def test_a_picture_with_two_thousand_boxes_and_one_with_none_are_trained_on_and_
     assert told["most"] == made.plan.max_det.value and 0 <= told["ap50"] <= 1
     assert json.loads((made.bundle / "bundle.json").read_text())["selection"]["candidates"] == 3 * told["most"]
     assert "AP looks at the best" in (made.path / "report.html").read_text()
+
+
+def test_a_network_too_slow_for_its_limit_is_refused_before_it_is_trained(scenes, tmp_path):
+    """And one that is not is held to the limit as a bundle."""
+    asked = {**SMALL, "max_bad": 0.1, "epochs": 1, "project": str(tmp_path)}
+    with pytest.raises(RehearsalError) as caught:
+        goodfit.train(scenes, **asked, latency="0.001ms")
+    failed = [c for c in caught.value.checks if not c.passed]
+    assert [c.name for c in failed] == ["latency"] and "the limit is 0.001 ms" in failed[0].evidence
+    made = goodfit.train(scenes, **asked, latency="10000ms")
+    assert made.result["latency"]["limit_ms"] == 10_000 and "latency" in (made.path / "rehearsal.txt").read_text()
+
+
+def test_a_segmenter_stopped_in_mid_epoch_and_resumed_has_the_same_state(masked, tmp_path):
+    """Masks through mosaic, copies and several input sizes, in micro-batches; with it two whole runs from one seed are equal."""
+    asked = {"model": "maskrcnn/resnet10t", "pretrained": "false", "batch": 4, "accumulate": 2, "epochs": 2, "imgsz": 96, "mosaic": 0.5,
+             "multi_scale": 0.4, "copy_paste": 0.5, "measure": False}  # fmt: skip
+    request = parse_request({"data": str(masked), **asked})
+    audited = read_and_audit(request, Journal(None))
+    plan = decide(request, audited, Journal(None))
+
+    class After:
+        exit_code = 130
+
+        def __init__(self, num=10**9):
+            self.left = num
+
+        def __call__(self):
+            self.left -= 1
+            return self.left < 0
+
+    def run(name, stop):
+        parts, checkpoints = assemble_detector(plan, audited.index), Checkpoints(tmp_path / name, {})
+        if (snapshot := checkpoints.latest()) is not None:
+            restore(parts.state, snapshot)
+        with execution(plan):
+            fit(parts.state, parts.context, parts.train, parts.val, settings=parts.settings, checkpoints=checkpoints, journal=Journal(None),
+                stop=stop)  # fmt: skip
+        return tensors_sha256(take_snapshot(parts.state).files)
+
+    with pytest.raises(Stopped, match="Stopped at step 4"):
+        run("cut", After(3))
+    assert run("cut", After()) == run("whole", After())
 
 
 def test_masks_are_learned_and_served_by_torch(masked, tmp_path):

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from goodfit.core.errors import DataError
 from goodfit.data.checks.audit_objects import audit_objects
 from goodfit.data.columns import Objects
-from goodfit.data.formats import read_coco, read_voc, read_yolo
+from goodfit.data.formats import read_coco, read_masks, read_voc, read_yolo
 from goodfit.data.masks import draw_mask, pack_rle
 from goodfit.data.reading import How, Reading
 from pictures import draw
@@ -281,3 +282,36 @@ def test_damaged_annotations(tmp_path, format, count, capsys):
     assert tally["said"] + tally["refused"] > 0.4 * count
     assert tally["silent but valid"] < 0.35 * count
     assert same(judged(reader.read(root, How(task=task)))[0], original)
+
+
+def test_damaged_mask_files(tmp_path, capsys):
+    """One PNG per object: of a damaged one the object is left out and named, or the file can be read as a picture still."""
+    root, files = tmp_path / "set", []
+    for number, name in enumerate(NAMES):
+        for kind in ("images", "masks"):
+            (root / name / kind).mkdir(parents=True)
+        draw(number, 0, 32).crop((0, 0, *SIZE)).save(root / name / "images" / f"{name}.png")
+        for k, (left, top, right, bottom) in enumerate(boxes()[2 * number : 2 * number + 2]):
+            mask = np.zeros(SIZE[::-1], np.uint8)
+            mask[top:bottom, left:right] = 255
+            files.append(root / name / "masks" / f"{k}.png")
+            Image.fromarray(mask).save(files[-1])
+    original, before = judged(read_masks.read(root, How()))
+    check_valid(original)
+    random, tally = np.random.default_rng(7), Counter[str]()
+    for number in range(150):
+        path = files[number % len(files)]
+        whole = path.read_bytes()
+        path.write_bytes(damage(whole, random))
+        result, said = judged(read_masks.read(root, How()))
+        check_valid(result)
+        new = set(said) - set(before)
+        outcome = "unchanged" if same(result, original) else "said" if new else "another mask"
+        assert outcome != "said" or any(path.name in line for line in new), (number, new)
+        if outcome == "another mask":
+            Image.open(path).load()
+        path.write_bytes(whole)
+        tally[outcome] += 1
+    with capsys.disabled():
+        print(f"\nmask files: {dict(tally)}")
+    assert tally["said"] > 60 and tally["another mask"] < 30

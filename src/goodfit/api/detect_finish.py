@@ -46,6 +46,8 @@ from goodfit.outcome.torch_predictor import TorchPredictor, check_torch_bundle, 
 from goodfit.planning.projection import describe_outcome
 
 _PARITY = stream("parity")
+BY_TORCH = {"needs": "torch"}
+_TORCH = Exporter(no_export, check_torch_bundle, TORCH_SCRIPT, TorchPredictor)
 CONSTANT = "the boxes most like those of training, given for every picture"
 SHOWN = ("ap", "ap50", "ap75")
 MASKS = ("mask_ap", "mask_ap50", "mask_ap75")
@@ -225,16 +227,12 @@ def bundle_stage(run: Run, parts: DetectParts, journal: Journal, test: dict[str,
         }  # fmt: skip
         write = partial(write_bundle, run.bundle, parts.state.model, preprocessing=parts.preprocessing, plan=plan.to_dict(),
                         images=[index.file(int(val[i])) for i in order], served=served_files(parts))  # fmt: skip
-        by_torch = Exporter(no_export, check_torch_bundle, TORCH_SCRIPT, TorchPredictor)
         note.text = ""
-        if not parts.task.family.exports:
-            made = write(card={**card, "needs": "torch"}, exporter=by_torch)
-        else:
-            try:
-                made = write(card=card, exporter=_onnx(parts.task.family))
-            except Unsteady as error:
-                note.text = f"served by torch: {error.message} "
-                made = write(card={**card, "needs": "torch"}, exporter=by_torch)
+        try:
+            made = write(card={**card, **needs_of(parts.task.family)}, exporter=exporter_of(parts.task.family))
+        except Unsteady as error:
+            note.text = f"served by torch: {error.message} "
+            made = write(card={**card, **BY_TORCH}, exporter=_TORCH)
         parity = made["parity"]
         ties = f", but for those of {parity['num_ties']} files, where several tie" if parity.get("num_ties") else ""
         left = f" ({parity['num_left_out']} more hang on a rounding)" if parity.get("num_left_out") else ""
@@ -243,7 +241,15 @@ def bundle_stage(run: Run, parts: DetectParts, journal: Journal, test: dict[str,
     return made
 
 
-def _onnx(family: Family) -> Exporter:
+def needs_of(family: Family) -> dict[str, str]:
+    """What a bundle's card says where the network does not become ONNX."""
+    return {} if family.exports else BY_TORCH
+
+
+def exporter_of(family: Family) -> Exporter:
+    """How a network of a family is written and proven."""
+    if not family.exports:
+        return _TORCH
     return Exporter(
         lambda network, box, path: export_detector(network, box, family, path), check_detector_parity, DETECT_SCRIPT
     )

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from safetensors.torch import save_file
+
+from goodfit.api.detect_finish import exporter_of, needs_of
 from goodfit.api.detect_parts import DetectParts
+from goodfit.api.finish import served_files
 from goodfit.api.rehearse import first_batches, rehearse_run
+from goodfit.core.errors import ExportError
 from goodfit.core.journal import Journal
+from goodfit.core.safeio import write_json
 from goodfit.models.detection.family import OneStage
+from goodfit.outcome.bundle import check_latency, draft_bundle
 from goodfit.outcome.detector_export import traced_problem
 from goodfit.planning.checks import Check
 from goodfit.planning.detection_checks import check_found
 from goodfit.planning.module_rehearsal import rehearse_module
 from goodfit.planning.rehearsal import Rehearsal, RehearsalError
+
+TOO_SLOW = "the network is too large for this limit here: a smaller imgsz=, another model=, or more latency_threads="
 
 
 def rehearse_detector(parts: DetectParts, journal: Journal, folder: Path | None = None) -> None:
@@ -34,6 +44,37 @@ def _rehearse(parts: DetectParts) -> Rehearsal:
         problem = traced_problem(model, parts.preprocessing, family, few.data["image"])
         checks.append(Check("export", not problem, problem or "the detector can be traced, and its trace computes the same",
                             "the network decides in Python by the values or the number of its inputs, or uses what cannot be exported"))  # fmt: skip
+    if parts.plan.latency.value:
+        checks.append(_check_latency(parts))
     if not all(check.passed for check in checks):
         raise RehearsalError(checks)
     return replace(made, checks=tuple(checks))
+
+
+def _check_latency(parts: DetectParts) -> Check:
+    """Whether the network, as it is before training, is served within the limit that was asked for: before hours are spent on one that is not."""
+    family, network = parts.task.family, copy.deepcopy(parts.state.model).cpu().float().eval()
+    exporter = exporter_of(family)
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        write_json(folder / "plan.json", parts.plan.to_dict())
+        save_file(
+            {k: v.clone().contiguous() for k, v in network.state_dict().items()}, str(folder / "model.safetensors")
+        )
+        try:
+            draft_bundle(
+                folder,
+                network,
+                parts.preprocessing,
+                {**parts.task.describe(), **needs_of(family), "threshold": 0.5},
+                exporter.export,
+            )
+            found = check_latency(folder, served_files(parts), exporter.open)
+        except ExportError as error:
+            return Check(
+                "latency",
+                False,
+                error.message.partition(", over the limit")[0] + f"; the limit is {parts.plan.latency.value:g} ms",
+                TOO_SLOW,
+            )
+    return Check("latency", True, f"{found['p95_ms']:.1f} ms for one image (p95): {found['verdict']}", TOO_SLOW)

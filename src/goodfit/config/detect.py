@@ -36,11 +36,11 @@ _ONE_CLASS = "this is for images with one class each"
 _NOT_YET = "this is not done for detectors yet"
 WHY_NOT = {  # options that detection refuses, and why
     **dict.fromkeys(("label_smoothing", "mixup", "cutmix", "policy", "erase", "dropout"), _ONE_CLASS),
-    **dict.fromkeys(("lr_find", "batch_study", "latency", "latency_threads", "drop_path"), _NOT_YET),
+    **dict.fromkeys(("lr_find", "batch_study", "drop_path"), _NOT_YET),
 }
 NEUTRAL: dict[str, Any] = {  # decisions that mean nothing here
     "label_smoothing": 0.0, "dropout": 0.0, "drop_path": 0.0, "policy": "off", "erase": 0.0, "mixup": 0.0,
-    "cutmix": 0.0, "latency": 0.0, "latency_threads": 1,
+    "cutmix": 0.0,
 }  # fmt: skip
 
 
@@ -92,6 +92,8 @@ def resolve_detect(
         **augmentation,
         **choose_execution(choose, facts, inputs, augmentation["scale"].value),
         max_det=most,
+        latency=choose("latency", 0.0, "no limit was asked for"),
+        latency_threads=choose("latency_threads", 1, "as a server has that answers one picture on each core"),
         monitor=monitor,
         seed=choose("seed", 0, "fixed, so that the run can be repeated"),
         deterministic=choose("deterministic", False, "the CPU repeats itself anyway; on a GPU it costs speed"),
