@@ -118,6 +118,8 @@ def test_predictions_are_drawn_and_written_as_coco_and_yolo(finished, scenes, tm
     number, *shares = lines[0].split()
     assert told["predictions"][0]["objects"][0]["label"] == Predictor(finished.bundle).labels[int(number)]
     assert abs(float(shares[0]) * 128 - (x + w / 2)) < 0.02
+    written = json.loads((out / "predictions.json").read_text())
+    assert written == told["predictions"]
     with Image.open(out / "pictures" / "0000.jpg") as picture:
         assert picture.size == (128, 128)
     assert not (out / "pictures" / "0009.jpg").exists()

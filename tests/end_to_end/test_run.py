@@ -251,6 +251,19 @@ def test_resuming_with_another_torch_is_said(finished, tmp_path, monkeypatch):
     assert f"torch {torch.__version__}, now 99.0" in said and "machine" not in said
 
 
+def test_predictions_come_as_they_are_made(finished, bars, monkeypatch, tmp_path):
+    from goodfit.api.predict import stream_predictions
+
+    read = []
+    plain = Predictor._read
+    monkeypatch.setattr(Predictor, "_read", lambda self, source: read.append(source) or plain(self, source))
+    files = sorted((bars / "class1").glob("*.png"))
+    rows = stream_predictions(finished.path, files, out=tmp_path / "out")
+    first = next(rows)
+    assert len(read) == 32 < len(files) and first["image"] == str(files[0])
+    assert 1 + len(list(rows)) == len(files) == len(json.loads((tmp_path / "out" / "predictions.json").read_text()))
+
+
 def test_data_is_never_changed(finished, bars):
     assert len(list(bars.rglob("*"))) == 3 + 180 + 2
     draw(2001, 2).save(bars.parent / "again.png")

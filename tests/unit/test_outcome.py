@@ -153,10 +153,11 @@ def test_names_are_shown_as_text_in_the_report(tmp_path):
     assert "http://" not in page and "https://" not in page and "default-src 'none'" in page
 
 
-def test_pictures_of_one_name_do_not_replace_each_other():
-    from goodfit.api.predict import _plain_names
+def test_pictures_of_one_name_do_not_replace_each_other(tmp_path):
+    from goodfit.api.predict import _Writer
 
-    names = _plain_names(["x/a.jpg", "x/a-2.jpg", "y/a.jpg", "z/a.png"])
+    writer = _Writer([], tmp_path, detects=False)
+    names = [writer._plain_name(path) for path in ("x/a.jpg", "x/a-2.jpg", "y/a.jpg", "z/a.png")]
     assert names == ["a", "a-2", "a-3", "a-4"]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,13 @@ def predict(
         RequestError: `threshold` was given for a classifier, or is no share.
         StorageError: `out` cannot be written.
     """
+    return list(stream_predictions(bundle, images, threshold=threshold, out=out))
+
+
+def stream_predictions(
+    bundle: str | Path, images: Sequence[str | Path], *, threshold: float | None = None, out: str | Path | None = None
+) -> Iterator[dict[str, Any]]:
+    """As `predict`, one after another as they are made: of a hundred thousand pictures nobody waits for the last, and none is held."""
     path = Path(bundle)
     if not (path / "bundle.json").is_file() and (path / "bundle" / "bundle.json").is_file():
         path = path / "bundle"
@@ -53,10 +60,12 @@ def predict(
         raise RequestError(
             f"threshold={threshold:g} is the confidence of a detector, 0 to 1.", next="leave threshold out"
         )
-    rows = predictor.predict(files, threshold=threshold)
-    if out is not None:
-        write_predictions(rows, predictor.labels, Path(out), detects=predictor.task != "classify")
-    return rows
+    rows = predictor.stream(files, threshold=threshold)
+    return (
+        rows
+        if out is None
+        else _written(rows, _Writer(predictor.labels, Path(out), detects=predictor.task != "classify"))
+    )
 
 
 def open_predictor(path: Path) -> Predictor:
@@ -69,30 +78,49 @@ def open_predictor(path: Path) -> Predictor:
     return Predictor(path)
 
 
-def write_predictions(rows: Sequence[dict[str, Any]], labels: Sequence[str], folder: Path, *, detects: bool) -> None:
-    """Write what `predict(out=)` describes; raises StorageError if the folder cannot be written."""
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "predictions.json", json.dumps(list(rows), ensure_ascii=False, indent=1))
-    if not detects:
-        return
-    from goodfit.data.checks.draw import draw_objects
-    from goodfit.data.masks import outline_mask, pack_rle, unpack_rle
+def _written(rows: Iterator[dict[str, Any]], writer: _Writer) -> Iterator[dict[str, Any]]:
+    """The same rows, written on the way."""
+    for row in rows:
+        writer.add(row)
+        yield row
+    writer.finish()
 
-    numbers = {name: number for number, name in enumerate(labels)}
-    results: list[dict[str, Any]] = []
-    images: list[dict[str, Any]] = []
-    names = _plain_names([str(row["image"]) for row in rows])
-    for number, (row, name) in enumerate(zip(rows, names, strict=True)):
-        if "error" in row:
-            continue
+
+class _Writer:
+    """Writes what `predict(out=)` describes, picture by picture; what is one file for all comes at the end, and is held as text till then.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+
+    def __init__(self, labels: Sequence[str], folder: Path, *, detects: bool) -> None:
+        self._labels, self._folder, self._detects = labels, folder, detects
+        self._numbers = {name: number for number, name in enumerate(labels)}
+        self._names: set[str] = set()
+        self._rows: list[str] = []
+        self._results: list[str] = []
+        self._images: list[str] = []
+        with storage_errors(folder):
+            for kind in ("labels", "pictures") if detects else ("",):
+                (folder / kind).mkdir(parents=True, exist_ok=True)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """One picture's."""
+        number, name = len(self._rows), self._plain_name(str(row["image"]))
+        self._rows.append(json.dumps(row, ensure_ascii=False))
+        if not self._detects or "error" in row:
+            return
+        from goodfit.data.checks.draw import draw_objects
+        from goodfit.data.masks import outline_mask, pack_rle, unpack_rle
+
         found = row["objects"]
         boxes = np.array([f["box"] for f in found], np.float64).reshape(-1, 4)
-        classes = [numbers[f["label"]] for f in found]
-        images.append({"id": number, "file_name": row["image"], "width": row["width"], "height": row["height"]})
-        results += [{"image_id": number, "category_id": c, "bbox": [round(float(v), 2) for v in (*b[:2], *(b[2:] - b[:2]))],
-                     "score": f["score"], **({"segmentation": f["mask"]} if "mask" in f else {})}
-                    for b, c, f in zip(boxes, classes, found, strict=True)]  # fmt: skip
+        classes = [self._numbers[f["label"]] for f in found]
+        image = {"id": number, "file_name": row["image"], "width": row["width"], "height": row["height"]}
+        self._images.append(json.dumps(image, ensure_ascii=False))
+        self._results += [json.dumps({"image_id": number, "category_id": c, "bbox": [round(float(v), 2) for v in (*b[:2], *(b[2:] - b[:2]))],
+                                      "score": f["score"], **({"segmentation": f["mask"]} if "mask" in f else {})})
+                          for b, c, f in zip(boxes, classes, found, strict=True)]  # fmt: skip
         size = np.array([row["width"], row["height"]], np.float64)
         shares = np.concatenate(
             [(boxes[:, :2] + boxes[:, 2:]) / 2 / size, (boxes[:, 2:] - boxes[:, :2]) / size], axis=1
@@ -104,26 +132,34 @@ def write_predictions(rows: Sequence[dict[str, Any]], labels: Sequence[str], fol
             for c, s, f in zip(classes, shapes, found, strict=True)
             if len(s)
         ]
-        with storage_errors(folder):
-            for kind in ("labels", "pictures"):
-                (folder / kind).mkdir(exist_ok=True)
-            write_text(folder / "labels" / f"{name}.txt", "".join(lines))
-            drawn = draw_objects(decode_image(Path(row["image"])), boxes, classes, labels, masks or None)
-            drawn.save(folder / "pictures" / f"{name}.jpg", quality=90)
-    write_text(folder / "coco.json", json.dumps(results))
-    categories = [{"id": number, "name": name} for name, number in numbers.items()]
-    write_text(
-        folder / "coco_ids.json",
-        json.dumps({"images": images, "annotations": [], "categories": categories}, ensure_ascii=False),
-    )
+        with storage_errors(self._folder):
+            write_text(self._folder / "labels" / f"{name}.txt", "".join(lines))
+            drawn = draw_objects(decode_image(Path(row["image"])), boxes, classes, self._labels, masks or None)
+            drawn.save(self._folder / "pictures" / f"{name}.jpg", quality=90)
 
+    def finish(self) -> None:
+        """Those of all pictures."""
+        write_text(self._folder / "predictions.json", _listed(self._rows))
+        if not self._detects:
+            return
+        write_text(self._folder / "coco.json", _listed(self._results))
+        categories = json.dumps(
+            [{"id": number, "name": name} for name, number in self._numbers.items()], ensure_ascii=False
+        )
+        write_text(
+            self._folder / "coco_ids.json",
+            f'{{"images": {_listed(self._images)}, "annotations": [], "categories": {categories}}}',
+        )
 
-def _plain_names(paths: Sequence[str]) -> list[str]:
-    """A file name for each picture, without its suffix; those that come again are numbered."""
-    made: dict[str, None] = {}
-    for path in paths:
+    def _plain_name(self, path: str) -> str:
+        """A file name for a picture, without its suffix; one that comes again is numbered."""
         name, number = Path(path).stem, 2
-        while name in made:
+        while name in self._names:
             name, number = f"{Path(path).stem}-{number}", number + 1
-        made[name] = None
-    return list(made)
+        self._names.add(name)
+        return name
+
+
+def _listed(texts: Sequence[str]) -> str:
+    """JSON texts as a list, one a line."""
+    return "[" + ",\n".join(texts) + "]"

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +25,10 @@ Asked = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a command found: for scripts as one JSON object, for people as lines."""
+    """What a command found: for scripts as one JSON object, for people as lines, which may still be made while they are printed."""
 
-    value: dict[str, Any]
-    lines: Sequence[str] = ()
+    value: dict[str, Any] | Callable[[], dict[str, Any]]
+    lines: Iterable[str] = ()
 
 
 def train(places: Words, asked: Asked) -> Answer:
@@ -120,7 +120,7 @@ def plan(places: Words, asked: Asked) -> Answer:
 
 def predict(places: Words, asked: Asked) -> Answer:
     """Classify images, or find objects in them, with a bundle; needs no torch."""
-    from goodfit.api.predict import predict
+    from goodfit.api.predict import stream_predictions
 
     table = asked.pop("table", "false").lower() in ("true", "1", "yes", "on")
     out, threshold = asked.pop("out", None), _share(asked.pop("threshold", None), "threshold")
@@ -129,14 +129,20 @@ def predict(places: Words, asked: Asked) -> Answer:
                            next="goodfit predict BUNDLE IMAGE... table=true out=FOLDER threshold=0.5")  # fmt: skip
     if not places:
         raise RequestError("No bundle was given.", next="goodfit predict BUNDLE IMAGE...")
-    rows = predict(places[0], places[1:], threshold=threshold, out=out)
-    if table:
-        width = max(len(row["image"]) for row in rows)
-        lines = [f"{row['image']:<{width}}  {_told(row)}" for row in rows]
-    else:
-        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    made = stream_predictions(places[0], places[1:], threshold=threshold, out=out)
+    rows = list(made) if table else made
+    lines = _table(list(rows)) if table else (json.dumps(row, ensure_ascii=False) for row in rows)
+    return Answer(lambda: _predicted(list(rows)), lines)
+
+
+def _predicted(rows: list[dict[str, Any]]) -> dict[str, Any]:
     failed = sum("error" in row for row in rows)
-    return Answer({"status": "done", "num_images": len(rows), "num_failed": failed, "predictions": rows}, lines)
+    return {"status": "done", "num_images": len(rows), "num_failed": failed, "predictions": rows}
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    width = max(len(row["image"]) for row in rows)
+    return [f"{row['image']:<{width}}  {_told(row)}" for row in rows]
 
 
 def _told(row: dict[str, Any]) -> str:
@@ -243,10 +249,10 @@ def _interrupted(error: KeyboardInterrupt) -> GoodfitError:
 
 def _print(answer: Answer, as_json: bool) -> int:
     if as_json:
-        print(json.dumps(answer.value, ensure_ascii=False))
+        print(json.dumps(answer.value() if callable(answer.value) else answer.value, ensure_ascii=False))
     else:
         for line in answer.lines:
-            print(line)
+            print(line, flush=True)
     sys.stdout.flush()
     return 0
 
