@@ -21,6 +21,7 @@ from goodfit.api.assemble import execution
 from goodfit.api.decide import decide
 from goodfit.api.demo import write_scenes
 from goodfit.api.detect_parts import assemble_detector
+from goodfit.api.detect_rehearse import _check_latency
 from goodfit.api.prepare import read_and_audit
 from goodfit.config.parse import parse_request
 from goodfit.core.errors import ExportError, RequestError, Stopped
@@ -187,6 +188,7 @@ def test_a_network_too_slow_for_its_limit_is_refused_before_it_is_trained(scenes
         goodfit.train(scenes, **asked, latency="0.001ms")
     failed = [c for c in caught.value.checks if not c.passed]
     assert [c.name for c in failed] == ["latency"] and "the limit is 0.001 ms" in failed[0].evidence
+    assert "resume RUN latency" in failed[0].meaning
     made = goodfit.train(scenes, **asked, latency="10000ms")
     assert made.result["latency"]["limit_ms"] == 10_000 and "latency" in (made.path / "rehearsal.txt").read_text()
 
@@ -218,6 +220,8 @@ def test_a_segmenter_stopped_in_mid_epoch_and_resumed_has_the_same_state(masked,
                 stop=stop)  # fmt: skip
         return tensors_sha256(take_snapshot(parts.state).files)
 
+    slow = assemble_detector(plan.changed(latency=0.001), audited.index)  # served by torch
+    assert not _check_latency(slow).passed and _check_latency(replace(slow, plan=plan.changed(latency=1e5))).passed
     with pytest.raises(Stopped, match="Stopped at step 4"):
         run("cut", After(3))
     assert run("cut", After()) == run("whole", After())

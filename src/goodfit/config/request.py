@@ -75,7 +75,7 @@ class TrainRequest:
     project: str | None = _ask("text", "Basic", "folder that holds the runs")
     name: str | None = _ask("text", "Basic", "name of the run's folder", aliases=("run_name",))
     exist_ok: bool | None = _ask("bool", "Basic", "reuse the name of a run that exists: it is replaced")
-    latency: float | None = _ask("milliseconds", "Basic", "most time for one image in production, as 10ms: chooses model and imgsz",
+    latency: float | None = _ask("milliseconds", "Basic", "most time for one image in production, as 10ms: chooses model and imgsz of a classifier",
                                  low=0.001, high=100_000.0)  # fmt: skip
     latency_threads: int | None = _ask("int", "Basic", "processor threads that production has for it", low=1, high=1024)
     plan: str | None = _ask("text", "Basic", "plan.json of an earlier run: decide as it did")
