@@ -171,7 +171,6 @@ def resume(run: str | Path, *, workers: int | None = None, latency: str | float 
             limit = read_request({"latency": latency}, allowed=("latency",)).latency or 0.0
             decision = Decision(limit, "asked for when the run was resumed", "asked")
             parts = replace(parts, plan=replace(parts.plan, latency=decision))
-            write_json(opened.path / PLAN, parts.plan.to_dict())  # also for the next time it is resumed
         disk_stage(opened.path, parts, resumed=True)
         with execution(parts.plan):
             cache_stage(parts, journal)
