@@ -24,6 +24,7 @@ from goodfit.runtime.letterbox import Letterbox
 from goodfit.runtime.predictor import BUNDLE_SCHEMA, Predictor
 
 NUM_PARITY_IMAGES = 64
+HOPELESS = 3.0  # times the limit, at which no quieter moment of the machine is waited for
 PAUSES = (2.0, 4.0)  # seconds before a bundle that was too slow is timed again
 
 DETECT_SCRIPT = '''\
@@ -89,9 +90,6 @@ class Exporter:
     check: Callable[[Predictor, Any, Sequence[bytes], Sequence[str]], dict[str, Any]]
     script: str
     open: Callable[..., Predictor] | None = None
-
-
-HOPELESS = 3.0  # times the limit, at which no quieter moment of the machine is waited for
 
 
 def write_bundle(
