@@ -18,7 +18,7 @@ demo: .venv/installed
 
 # Two tests at a time, each on a core of its own; then those that need both cores, or that time something, one after another.
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not soak and not alone"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not soak and not alone"
 	$(BIN)/python -m pytest -m "alone and not soak"
 
 soak: .venv/installed

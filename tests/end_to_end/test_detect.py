@@ -36,8 +36,6 @@ from goodfit.planning.rehearsal import RehearsalError
 from goodfit.runtime import Predictor
 from tiny_detr import write_tiny
 
-pytestmark = pytest.mark.alone
-
 SMALL = {"model": "fcos/resnet10t", "pretrained": "false", "batch": 8, "measure": False, "imgsz": 96}
 WORDS = ("model=fcos/resnet10t", "pretrained=false", "epochs=2", "batch=6", "accumulate=4", "mosaic=0.5", "scale=0.4", "multi_scale=0.4", "imgsz=96",
          "deterministic=true", "rehearse=false", "json=true")  # fmt: skip
@@ -137,6 +135,7 @@ def run(words, cwd):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+@pytest.mark.alone  # both cores: torch once had a gradient that two threads do not repeat
 @pytest.mark.parametrize(
     "task", ["detect", *(pytest.param(task, marks=pytest.mark.soak) for task in ("transformer", "segment"))]
 )
@@ -205,6 +204,7 @@ def test_a_network_too_slow_for_its_limit_is_refused_before_it_is_trained(scenes
     assert "resume RUN latency" in failed[0].meaning
 
 
+@pytest.mark.alone
 def test_a_segmenter_stopped_in_mid_epoch_and_resumed_has_the_same_state(masked, tmp_path):
     """Masks through mosaic, copies and several input sizes, in micro-batches; with it two whole runs from one seed are equal."""
     asked = {"model": "maskrcnn/resnet10t", "pretrained": "false", "batch": 4, "accumulate": 2, "epochs": 2, "imgsz": 96, "mosaic": 0.5,
