@@ -57,16 +57,12 @@ def decide_detector(request: TrainRequest, audited: Audited, journal: Journal, b
             request = replace(request, model=card.model if card is not None else f"detr/{request.pretrained}")
         found = _find_model(request, data, machine, base, card)
         try:
-            facts, decided, plan = _first_plan(
-                request, audited, base, Facts(data=data, machine=machine, model=found.facts), found
-            )
+            facts, decided, plan = _first_plan(request, audited, base, data, machine, found)
         except RequestError as error:
             if not found.offered:  # a person asked for something that cannot be
                 raise
             found = _find_model(request, data, machine, base, card, refused=error.message)
-            facts, decided, plan = _first_plan(
-                request, audited, base, Facts(data=data, machine=machine, model=found.facts), found
-            )
+            facts, decided, plan = _first_plan(request, audited, base, data, machine, found)
         measuring = base is None and request.measure is not False and not plan.deterministic.value
         if request.memory and not measuring:
             raise RequestError(f"batch={request.memory:g}, a share of the memory, needs the batch to be measured, which is off here.", where="batch=",
@@ -96,12 +92,12 @@ class _Found:
 
 
 def _first_plan(
-    request: TrainRequest, audited: Audited, base: Plan | None, facts: Facts, found: _Found
+    request: TrainRequest, audited: Audited, base: Plan | None, data: DataFacts, machine: MachineFacts, found: _Found
 ) -> tuple[Facts, dict[str, Decision[Any]], Plan]:
-    """The plan by rule; with it what was decided before."""
-    task = audited.index.task
+    """The plan by rule; with it the facts that it stands on and what was decided before."""
+    task, facts = audited.index.task, Facts(data=data, machine=machine, model=found.facts)
     decided = {
-        **data_decisions(request, facts.data, base),
+        **data_decisions(request, data, base),
         **_weights(facts, replace(found.name, value=found.facts.name), found.pretrained),
         **found.detector,
     }

@@ -14,7 +14,7 @@ from goodfit.config.sizes import InputSizes
 from goodfit.data.batch_transform import ImageBatchTransform
 from goodfit.data.index import DatasetIndex
 from goodfit.data.loader import MicroBatch, TrainLoader
-from goodfit.data.objects import MaskBook, most_objects, repeat_factors
+from goodfit.data.objects import MaskBook, object_counts, repeat_factors
 from goodfit.data.scene_loader import SceneReader, SceneSamples
 from goodfit.data.scenes import SCENE_PRESETS
 from goodfit.data.split import subset
@@ -52,10 +52,8 @@ class DetectParts(ImageParts):
 
     def few_samples(self) -> MicroBatch:
         """Eight training samples, those with objects first, through the serving path; fewer where memory ran out for a micro-batch."""
-        objects = self.index.objects
-        assert objects is not None
         rows = self.train.rows
-        counts = np.bincount(objects.rows[objects.kept & ~objects.crowd], minlength=len(self.index))[rows]
+        counts = object_counts(self.index, rows)
         num = max(2, NUM_FEW * self.plan.accumulate.value // self.state.progress.num_micro)
         chosen = rows[np.argsort(counts == 0, kind="stable")][:num]
         (micro,) = self.eval_loader(chosen)
@@ -90,7 +88,7 @@ def assemble_detector(plan: Plan, index: DatasetIndex, *, workers: int | None = 
     rows = subset(index, plan.fraction.value, plan.split_seed.value)
     ranks, letterbox = Ranks(), Letterbox.from_dict(plan.preprocessing.value)
     family = family_of(plan)
-    most = plan.max_det.value or usual_most(most_objects(index, rows))
+    most = plan.max_det.value or usual_most(int(object_counts(index, rows).max(initial=0)))
     selection = replace(family.selection, most=most, candidates=max(family.selection.candidates, CANDIDATES * most))
     task = DetectTask(index.class_names, family, selection=selection)
     masks = MaskBook(index) if task.family.has_masks else None

@@ -24,7 +24,7 @@ from goodfit.data.checks.fixes import apply_fixes, kept_paths, read_fixes
 from goodfit.data.checks.patterns import folder_shift
 from goodfit.data.formats.readers import read_dataset
 from goodfit.data.index import SPLITS, DatasetIndex, class_counts, data_hash
-from goodfit.data.objects import most_objects, objects_of
+from goodfit.data.objects import object_counts, objects_of
 from goodfit.data.reading import How, Problem, Reading
 from goodfit.data.split import SealedTest, check_splits, split_dataset, subset
 from goodfit.data.store import RESERVE
@@ -202,7 +202,7 @@ def data_facts(request: TrainRequest, audited: Audited, base: Plan | None) -> Da
         decode_seconds=audit.scan.seconds if audit.scan is not None else 0.0,
         task=index.task,
         shape=_picture_shape(index),
-        most_objects=most_objects(index, rows),
+        most_objects=int(object_counts(index, rows).max(initial=0)),
         object_side=_object_side(index, rows),
     )
 

@@ -54,12 +54,12 @@ def objects_of(index: DatasetIndex, row: int) -> SampleObjects:
                          kept + part.start, areas)  # fmt: skip
 
 
-def most_objects(index: DatasetIndex, rows: npt.NDArray[np.int64]) -> int:
-    """How many a picture has of which none is a crowd, at most."""
+def object_counts(index: DatasetIndex, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """How many objects that are no crowds each picture has; none where the data has no objects. Shape: (rows,)."""
     if index.objects is None:
-        return 0
+        return np.zeros(len(rows), np.int64)
     learned = index.objects.kept & ~index.objects.crowd
-    return int(np.bincount(index.objects.rows[learned], minlength=len(index))[rows].max(initial=0))
+    return np.bincount(index.objects.rows[learned], minlength=len(index))[rows]
 
 
 def repeat_factors(index: DatasetIndex, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
