@@ -40,9 +40,9 @@ def train(places: Words, asked: Asked) -> Answer:
 
 def demo(places: Words, asked: Asked) -> Answer:
     """Train on real handwritten digits: classes in a minute, boxes (demo detect) in two, masks (demo segment) in four."""
-    from goodfit.api.demo import EPOCHS, demo
+    from goodfit.api.demo import RECIPES, demo
 
-    if len(places) > 1 or (places and places[0] not in EPOCHS):
+    if len(places) > 1 or (places and places[0] not in RECIPES):
         raise RequestError(
             f"The demo takes no folder: {places[0]}.", next=f"goodfit train {places[0]}, or goodfit demo detect"
         )
