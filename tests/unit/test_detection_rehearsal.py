@@ -179,3 +179,19 @@ def test_tiny_objects_are_no_alarm(tmp_path):
     data = parts.context.transform.evaluate(parts.context.device.move(few.data))
     check = check_found(copy.deepcopy(parts.state.model), parts.context, data, len(few.samples))
     assert check.passed and "not asked" in check.evidence
+
+
+def test_long_thin_objects_are_no_alarm(scenes, tmp_path):
+    """Of 13 to 1: the places of the level that they belong to lie 16 pixels apart, and each object between two rows of them."""
+    folder = tmp_path / "thin"
+    folder.mkdir()
+    (folder / "images").symlink_to(scenes / "images")
+    notes = json.loads((scenes / "annotations.json").read_text())
+    notes["annotations"] = [
+        a | {"bbox": [0, 16 * (a["id"] % 8) + 3, 128, 10], "area": 1280} for a in notes["annotations"]
+    ]
+    (folder / "annotations.json").write_text(json.dumps(notes))
+    assert alarms(parts_of(folder)) == set()
+    parts = parts_of(folder)
+    library = DetectTask(parts.task.class_names, Fcos(strides=parts.task.family.strides, thin=False))
+    assert alarms(with_task(parts, library)) == {"loss and evaluation agree"}

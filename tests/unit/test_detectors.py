@@ -64,7 +64,7 @@ def library(net, levels=5):
 def test_fcos_losses_equal_the_library(levels):
     net, images = network(levels), torch.rand(4, 3, *SHAPE)
     boxes, labels = targets(1)
-    family = Fcos(strides=tuple(8 * 2**k for k in range(levels)))
+    family = Fcos(strides=tuple(8 * 2**k for k in range(levels)), thin=False)
     made = family.terms(net, net(images), boxes, labels, SHAPE)
     theirs = library(net, levels).train()
     net.pyramid.eval()
@@ -73,6 +73,26 @@ def test_fcos_losses_equal_the_library(levels):
         total, count = made[mine]
         assert int(count) > 0
         assert float(total / count) == pytest.approx(float(wanted[name]), rel=1e-5), name
+
+
+def test_long_thin_objects_are_answered_for_wherever_they_lie():
+    """Of 16 to 1, at every height; what has places of its own level keeps them alone."""
+    shape = (256, 320)
+    boxes = torch.stack([torch.tensor([20.0, y, 300.0, y + 17.5]) for y in torch.linspace(0, 200, 41)])
+    square = torch.tensor([[40.0, 40.0, 140.0, 140.0]])
+
+    def answers(family, boxes):
+        places = family.places(shape, boxes.device)
+        return torch.stack(
+            [family._match(*places, b[None], torch.zeros(1, dtype=torch.int64)) >= 0 for b in boxes]
+        ), places[2]
+
+    found, levels = answers(Fcos(), boxes)
+    theirs, _ = answers(Fcos(thin=False), boxes)
+    lost = ~theirs.any(1)
+    assert found.any(1).all() and 10 < int(lost.sum()) < 35
+    assert torch.equal(found[~lost], theirs[~lost]) and (levels[found[lost].any(0)] >= 1).all()
+    assert torch.equal(answers(Fcos(), square)[0], answers(Fcos(thin=False), square)[0])
 
 
 @torch.no_grad()
@@ -213,6 +233,24 @@ def test_two_stages_report_as_many_objects_as_are_asked_for(most):
     assert len(found[0].scores) == most
 
 
+def test_an_image_without_objects_teaches_ssdlite_background_and_changes_nothing_else():
+    family, net = make_family("ssdlite", 3), network(3, family="ssdlite").eval()
+    boxes, labels = targets(1, num=3)
+    images = torch.rand(3, 3, *SHAPE)
+    whole = family.terms(net, net(images), boxes, labels, SHAPE)
+    rest = family.terms(net, net(images[1:]), boxes[1:], labels[1:], SHAPE)
+    alone = family.terms(net, net(images[:1]), boxes[:1], labels[:1], SHAPE)
+    assert int(alone["classes"][1]) == 0 and int(whole["classes"][1]) == int(rest["classes"][1]) > 0
+    assert float(alone["classes"][0].detach()) > 0 and float(alone["boxes"][0].detach()) == 0
+    assert float((whole["classes"][0] - rest["classes"][0] - alone["classes"][0]).detach()) == pytest.approx(
+        0, abs=1e-3
+    )
+    learned = torch.autograd.grad(
+        alone["classes"][0], list(net.head.classification_head.parameters()), allow_unused=True
+    )
+    assert any(g is not None and float(g.abs().max()) > 0 for g in learned)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_an_image_without_objects_teaches_every_family(name):
     family = make_family(name, 3)
@@ -223,6 +261,9 @@ def test_an_image_without_objects_teaches_every_family(name):
     terms = family.loss(net, batch)
     sum(t for t, _ in terms.values()).backward()
     assert all(bool(torch.isfinite(t)) for t, _ in terms.values())
+    assert any(
+        p.grad is not None and float(p.grad.abs().max()) > 0 for p in net.pyramid.parameters()
+    )  # of background, in every one
 
 
 @torch.no_grad()
@@ -246,8 +287,8 @@ def test_ssdlite_losses_equal_the_library():
     """Also its background class, which the classes of the data come after."""
     from torchvision.models.detection.ssd import SSD
 
-    net, images = network(5, family="ssdlite"), torch.rand(4, 3, *SHAPE)
-    boxes, labels = targets(1)
+    net, images = network(5, family="ssdlite"), torch.rand(3, 3, *SHAPE)
+    boxes, labels = (t[1:] for t in targets(1))  # in the library a picture without objects teaches nothing
     made = make_family("ssdlite", 5).terms(net, net(images), boxes, labels, SHAPE)
 
     theirs = SSD(

@@ -1,7 +1,7 @@
 """FCOS (Tian et al. 2019): torchvision's head over a feature pyramid; one guess per place, no anchors to choose.
 
 Matching, losses and decoding are torchvision's (models/detection/fcos.py), with sums and counts in place of means, so that
-batches in parts add up; tests hold them equal to the library's.
+batches in parts add up; tests hold them equal to the library's. One thing is added: long thin objects are learned (`Fcos.thin`).
 """
 
 from __future__ import annotations
@@ -51,10 +51,13 @@ class Fcos(OneStage):
     Attributes:
         strides: Of its levels, pixels.
         radius: See `RADIUS`.
+        thin: An object that no place of its level falls into, as happens to every second one of 16 to 1, whose level is that of its
+            longer side, is answered for by the next finer level that has a place in it. The library leaves it out.
     """
 
     strides: tuple[int, ...] = (8, 16, 32, 64, 128)
     radius: float = RADIUS
+    thin: bool = True
 
     def places(self, shape: Shape, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Where the outputs stand: x and y (A, 2), the stride (A,) and the level (A,) of each.
@@ -131,9 +134,16 @@ class Fcos(OneStage):
         furthest = distances.amax(2)
         low = torch.where(levels > 0, strides * FAR / 2, torch.zeros_like(strides))
         high = torch.where(levels < len(self.strides) - 1, strides * FAR, torch.full_like(strides, torch.inf))
-        near &= (distances.amin(2) > 0) & (furthest > low[:, None]) & (furthest < high[:, None]) & (classes >= 0)[None]
+        near &= (distances.amin(2) > 0) & (classes >= 0)[None]
+        near &= furthest > low[:, None]
+        chosen = near & (furthest < high[:, None])
+        if self.thin:
+            coarsest = torch.where(near, levels[:, None], -1).amax(
+                0
+            )  # no coarser than its own, with a place in each object
+            chosen |= near & ~chosen.any(0) & (levels[:, None] == coarsest)
         areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-        worth = near * (1e8 - areas[None])
+        worth = chosen * (1e8 - areas[None])
         best, number = worth.max(dim=1)
         return torch.where(best < 1e-5, -1, number)
 

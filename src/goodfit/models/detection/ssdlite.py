@@ -53,7 +53,8 @@ class SsdliteNetwork(nn.Module):
 @dataclass(frozen=True, kw_only=True)
 class Ssdlite(OneStage):
     """What belongs to an `SsdliteNetwork` besides its weights. The library divides by the anchors that answer for an object: times
-    those it is a sum, and they are the count. An image without an object has none and teaches nothing, as published."""
+    those it is a sum, and they are the count. As published an image without an object teaches nothing; here it teaches background by as many
+    anchors as one that answers brings with it."""
 
     strides: tuple[int, ...]
 
@@ -71,7 +72,13 @@ class Ssdlite(OneStage):
         library: Any = SimpleNamespace(box_coder=BoxCoder(WEIGHTS), neg_to_pos_ratio=NEGATIVES)
         made = SSD.compute_loss(library, targets, outputs, [anchors] * len(targets), matched)
         count = torch.stack([(m >= 0).sum() for m in matched]).sum()
-        return {"classes": (made["classification"] * count, count), "boxes": (made["bbox_regression"] * count, count)}
+        empty = outputs["cls_logits"][[number for number, m in enumerate(matched) if m is none]]
+        quiet = -empty.log_softmax(dim=2)[..., 0]  # cross-entropy with background
+        background = quiet.topk(min(int(NEGATIVES), quiet.shape[1]), dim=1).values.sum()
+        return {
+            "classes": (made["classification"] * count + background, count),
+            "boxes": (made["bbox_regression"] * count, count),
+        }
 
     def decode(self, model: nn.Module, outputs: Any, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
         """Boxes (N, A, 4) and scores (N, A, C)."""
