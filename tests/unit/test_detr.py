@@ -142,8 +142,35 @@ def test_loss_and_attention_are_in_float32_under_autocast(kind):
             child.register_forward_hook(lambda _m, _i, made: inside.append(made.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         ((total, _),) = make_family("detr", 0).loss(net, batch).values()
-    assert seen == [torch.float32] and total.dtype == torch.float32
+    assert set(seen) == {torch.float32} and total.dtype == torch.float32
     assert inside and set(inside) == {torch.float32}
+
+
+@pytest.mark.parametrize("noise", [0, 10])
+@pytest.mark.parametrize("kind", ["d_fine", "deimv2"])
+def test_every_layer_is_taught_by_its_own_corners_and_the_first_guess_by_a_term_of_its_own(kind, noise):
+    """The library pairs each layer's boxes with the corners of the next, and leaves the last but one out."""
+    net, batch = network(kind, classes=3, decoder_layers=3, num_denoising=noise).train(), scene_batch()
+    theirs, seen = net.network.loss_function.function, []
+
+    def watch(logits, labels, device, boxes, config, *layers, **named):
+        seen.append((boxes, config, layers, named))
+        return theirs(logits, labels, device, boxes, config, *layers, **named)
+
+    net.network.loss_function = detr._Loss(watch)
+    ((total, _),) = make_family("detr", 0).loss(net, batch).values()
+    total.backward()
+    (_, config, layers, named), (guess, alone, more, _) = seen
+    assert config.auxiliary_loss and not alone.auxiliary_loss and not more
+    assert (
+        [len(m[0]) for m in layers]
+        == [3, 3]
+        == [len(named["predicted_corners"][0]), len(named["initial_reference_points"][0])]
+    )
+    assert guess.shape == (len(batch["image"]), 20, 4)  # the queries, without the noisy ones
+    decoder = net.network.model.decoder
+    for part in (decoder.pre_bbox_head, *decoder.lqe_layers, *decoder.class_embed, *decoder.bbox_embed):
+        assert any(p.grad is not None and p.grad.abs().max() > 0 for p in part.parameters())
 
 
 def test_an_average_of_the_weights_computes_with_its_own():

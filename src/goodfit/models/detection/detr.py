@@ -127,7 +127,8 @@ def _in_float32(kind: type[nn.Module]) -> type[nn.Module]:
 @dataclass(frozen=True)
 class _Loss:
     """The library's loss, in float32; RF-DETR's for as many groups of queries as there are, as it counts those of training in
-    evaluation too, where there is one, and with masks as one number also where no picture has an object."""
+    evaluation too, where there is one, and with masks as one number also where no picture has an object. Of D-FINE and DEIMv2 the
+    first guess has a term of its own (see `_first_guess`)."""
 
     function: Callable[..., Any]
 
@@ -135,15 +136,41 @@ class _Loss:
         self, logits: torch.Tensor, labels: Any, device: Any, boxes: torch.Tensor, *more: Any, **named: Any
     ) -> Any:
         values = [_with_groups(v, logits) for v in more]
+        guess, values = _first_guess(values, named)
         with torch.autocast(logits.device.type, enabled=False):
             loss, terms, outputs = self.function(logits.float(), labels, device, boxes.float(), *map(_as_float32, values),
                                                  **{k: _as_float32(v) for k, v in named.items()})  # fmt: skip
+            if guess:
+                loss = loss + self.function(guess[0].float(), labels, device, guess[1].float(), guess[2])[0]
         if loss.numel() != 1:  # terms of no masks have no elements, and so has their sum; of boxes there are none
             (config,) = (v for v in values if hasattr(v, "class_loss_coefficient"))
             loss = sum(
                 t.sum() * (config.class_loss_coefficient if k.startswith("loss_ce") else 0.0) for k, t in terms.items()
             )
         return loss, terms, outputs
+
+
+def _first_guess(values: list[Any], named: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+    """What D-FINE and DEIMv2 guess before corners are refined, and the library's arguments without it.
+
+    Since 5.24 the decoder puts that guess before the outputs of its layers, while the loss pairs them with the corners one by one:
+    each layer's boxes then stand beside the corners of the next, and the last but one is taught nothing. So the layers are handed over
+    alone, and classes and boxes of the guess get a loss apart, as in the authors' code; but for the noisy queries, from which they teach
+    the guess too, and DEIMv2's union of matches, which here is that of the layers.
+
+    Returns:
+        Logits (N, Q, classes), boxes (N, Q, 4) and a configuration for a loss of these alone, or nothing where there is no guess;
+        and the arguments.
+    """
+    corners = named.get("predicted_corners")
+    if corners is None or not values[0].auxiliary_loss or values[1].shape[1] == corners.shape[1]:
+        return [], values
+    config, logits, boxes = values
+    alone = copy.copy(config)
+    alone.auxiliary_loss = False
+    noise = named.get("denoising_meta_values")
+    first = [m[:, 0] if noise is None else m[:, 0].split(noise["dn_num_split"], dim=1)[1] for m in (logits, boxes)]
+    return [*first, alone], [config, logits[:, 1:], boxes[:, 1:]]
 
 
 def _with_groups(value: Any, logits: torch.Tensor) -> Any:
