@@ -270,6 +270,42 @@ def test_coco_masks_crowds_background_and_bad_entries(tmp_path):
     assert boxes.index.objects.kept.all() and not boxes.index.objects.mask_kinds.any() and boxes.index.task == "detect"
 
 
+def test_masks_are_learned_where_nearly_all_objects_have_one(tmp_path):
+    """What has none would become background; boxes of all are worth more."""
+
+    def read(masked, whole, **how):
+        square = [[1, 1, 9, 1, 9, 9, 1, 9]]
+        base = {"image_id": 0, "category_id": 3, "bbox": [1, 1, 8, 8]}
+        notes = [{**base, "id": k, "segmentation": square if k < masked else []} for k in range(whole)]
+        return read_coco.read(coco(tmp_path / f"{masked}-{whole}", annotations=notes), How(**how))
+
+    assert read(60, 100).index.task == read(94, 100).index.task == "detect"
+    assert "60 of 100 objects have a mask, too few to learn them (task=segment" in read(60, 100).note
+    assert read(60, 100).index.objects.kept.all()
+    assert read(96, 100).index.task == "segment" and "the others are dropped" in read(96, 100).note
+    assert read(60, 100, task="segment").index.task == "segment" and "mask" not in read(60, 100, task="detect").note
+    assert read(0, 100).index.task == "detect" and "have a mask" not in read(100, 100).note + read(0, 100).note
+    lines = "2 .5 .5 .1 .1\n" * 6 + "2 .1 .1 .3 .1 .3 .3\n" * 9
+    mixed = read_yolo.read(yolo(tmp_path / "yolo", {"a": lines, "b": ""}, YAML), How())
+    assert (
+        mixed.index.task == "detect" and len(mixed.index.objects) == 15 and "9 of 15 objects have a mask" in mixed.note
+    )
+
+
+@pytest.mark.parametrize("box", [None, [], [0, 0, 0, 0], [3, 4, 0, 0]])
+@pytest.mark.parametrize("task", [None, "detect"])
+def test_a_box_that_is_missing_beside_a_mask_is_that_of_the_mask(box, task, tmp_path):
+    square = {"segmentation": [[1, 1, 9, 1, 9, 9, 1, 9]], "image_id": 0, "category_id": 3, "id": 1}
+    reading = read_coco.read(coco(tmp_path / "set", annotations=[{**square, "bbox": box}]), How(task=task))
+    assert reading.index.objects.boxes.tolist() == [[1, 1, 9, 9]] and not reading.problems
+
+
+def test_a_confidence_behind_a_box_is_named(tmp_path):
+    reading = read_yolo.read(yolo(tmp_path, {"a": "2 .5 .5 .1 .1\n2 .5 .5 .1 .1 .9\n", "b": ""}, YAML), How())
+    (said,) = [p.message for p in reading.problems if p.kind == "bad_box"]
+    assert "6 numbers" in said and "confidence" in said and len(reading.index.objects) == 1
+
+
 def test_coco_missing_and_unnamed_images(tmp_path):
     images = [
         {"id": 0, "file_name": "C:\\data\\A.PNG"},

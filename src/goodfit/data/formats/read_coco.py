@@ -64,12 +64,16 @@ def read(data: Path, how: How) -> Reading:
     for file in files:
         reader.read_annotations(file)
     objects = reader.samples.objects
-    with_masks = wants_masks(how, sum(k != NO_MASK for k in objects.kinds), len(objects), str(data))
+    masks = sum(k != NO_MASK for k in objects.kinds)
+    sound = (
+        sum(objects.kept) if 2 * masks > len(objects) else len(objects)
+    )  # some damaged masks are no reason to leave masks
+    with_masks, some = wants_masks(how, masks, sound, str(data))
     listed = ", ".join(f"{reader.samples.name(f.path)}{f' ({SPLITS[f.split]})' if f.split >= 0 else ''}" for f in files)
     what = "boxes and masks" if with_masks else "boxes"
     return reader.samples.reading(
         format="coco",
-        note=f"COCO JSON: {listed}; {what} of {len(reader.names)} classes{reader.note}",
+        note=f"COCO JSON: {listed}; {what} of {len(reader.names)} classes{some}{reader.note}",
         problems=reader.problems if with_masks else [p for p in reader.problems if p.kind != "bad_mask"],
         class_names=reader.names,
         how=how,
@@ -298,17 +302,19 @@ class _Reader:
 
     def _add(self, file: _File, row: int, kind: int, where: int, entry: dict[str, Any]) -> None:
         mask_kind, mask, kept = NO_MASK, b"", True
+        box = entry.get("bbox")
+        edges = _edges(box)
+        is_missing = not box or (
+            edges is not None and edges[:2] == edges[2:]
+        )  # some tools write [] or zeros beside a mask
         try:
-            if self.how.task != "detect" or entry.get("bbox") is None:  # else masks cost most of the time
+            if self.how.task != "detect" or is_missing:  # else masks cost most of the time
                 mask_kind, mask = _mask(entry.get("segmentation"))
         except ValueError as error:
             kept = False
             self._bad("bad_mask", file, where, f"{str(error)[:1].upper()}{str(error)[1:]}.")
-        box = entry.get("bbox")
-        if box is None and mask_kind != NO_MASK:
-            edges: tuple[float, ...] | None = _bounds(mask_kind, mask, entry)
-        else:
-            edges = _edges(box)
+        if is_missing and mask_kind != NO_MASK:
+            edges = _bounds(mask_kind, mask, entry)
         if edges is None:
             self._bad("bad_box", file, where, f"{shown(box)} is no box of left, top, width and height.")
             return

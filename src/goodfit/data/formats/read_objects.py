@@ -20,6 +20,7 @@ from goodfit.data.index import NO_GROUP, SPLITS, DatasetIndex
 from goodfit.data.reading import How, Problem, Reading, clean, is_image, split_number
 
 MAX_LABEL_BYTES = 10_000_000  # of one image's annotation file; the largest honest ones have some hundred kilobytes
+MASKS_SHARE = 0.95  # of the objects that must have a mask for masks to be learned where no task is asked for
 _MAX_SHOWN = 60  # characters of a user's text within a message
 _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
@@ -291,8 +292,9 @@ def _distinct(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(made)
 
 
-def wants_masks(how: How, masks: int, objects: int, where: str) -> bool:
-    """Whether the task is segmentation: as asked, else where most objects have a mask.
+def wants_masks(how: How, masks: int, objects: int, where: str) -> tuple[bool, str]:
+    """Whether the task is segmentation: as asked, else where nearly all objects have a mask, since those without are nothing that masks
+    could be learned from. And what is to be said of it.
 
     Raises:
         DataError: the task asked for is none of boxes or masks, or there is no mask at all.
@@ -302,7 +304,10 @@ def wants_masks(how: How, masks: int, objects: int, where: str) -> bool:
                         next="try: task=detect or task=segment")  # fmt: skip
     if how.task == "segment" and objects and not masks:
         raise DataError("There are boxes, but no masks.", where=where, next="try: task=detect")
-    return how.task == "segment" or (how.task is None and 2 * masks > objects)
+    with_masks = how.task == "segment" or (how.task is None and masks > 0 and masks >= MASKS_SHARE * objects)
+    some = f"; {masks:,} of {objects:,} objects have a mask" if 0 < masks < objects and how.task != "detect" else ""
+    left = "the others are dropped" if with_masks else "too few to learn them (task=segment drops the others)"
+    return with_masks, f"{some}, {left}" if some else ""
 
 
 def split_words(text: str) -> Iterator[int]:

@@ -47,7 +47,8 @@ def read(data: Path, how: How) -> Reading:
 
     Corners are whole pixels counted from 1, the last included, so left is xmin - 1 and right is xmax; where any xmin or
     ymin of the dataset is 0, they are taken as edges counted from 0. A box whose corners are the same pixel, or
-    reversed, stays so for the audit. Objects marked `difficult` are crowds, which evaluation ignores, as VOC's own does.
+    reversed, stays so for the audit. Objects marked `difficult` are crowds: nothing is learned from them, and what
+    is found within one is ignored, by the share of it that lies inside, as COCO's crowds are (VOC's own figures go by the overlap).
     Where ImageSets/Main has lists, they say what belongs to the dataset.
 
     Raises:

@@ -74,12 +74,14 @@ def read(data: Path, how: How) -> Reading:
         raise DataError(f"No images were found{said}", where=str(layout.file or data),
                         next="check the folders that the yaml names: path, train and val")  # fmt: skip
     masks = sum(k != NO_MASK for k in objects.kinds)
-    with_masks = wants_masks(how, masks, len(objects), str(data))
+    with_masks, some = wants_masks(how, masks, len(objects), str(data))
     names = _classes(layout.names, objects)
     what = "polygons" if with_masks else "boxes"
     return samples.reading(
         format="yolo",
-        note="; ".join([f"YOLO: {layout.title}", f"{what} of {len(names)} classes", *dict.fromkeys(layout.notes)]),
+        note="; ".join(
+            [f"YOLO: {layout.title}", f"{what} of {len(names)} classes{some}", *dict.fromkeys(layout.notes)]
+        ),
         problems=reader.problems,
         class_names=names,
         how=how,

@@ -229,7 +229,8 @@ def parse_line(line: str, boxes_only: bool = False) -> tuple[int, tuple[float, .
     if boxes_only:
         words = words[:5]
     if len(words) != 5 and (len(words) < 7 or len(words) % 2 == 0):
-        return f"{len(words)} numbers are neither a box (5) nor a polygon (1 and 3 or more pairs)"
+        last = "; is the last a confidence, as predictions have it?" if len(words) >= 6 and len(words) % 2 == 0 else ""
+        return f"{len(words)} numbers are neither a box (5) nor a polygon (1 and 3 or more pairs){last}"
     try:
         if "_" in line or not line.isascii():  # float() takes 1_0, and digits of other scripts
             raise ValueError
