@@ -81,6 +81,9 @@ def test_so_many_objects_are_reported():
     crowded = plan(facts(most_objects=2000)).max_det
     assert crowded.value == 3000 and "2,000" in crowded.reason
     assert plan(facts(most_objects=2000), max_det=50).max_det.value == 50
+    few = facts(most_objects=500)
+    transformer = plan(replace(few, model=replace(few.model, most_places=300)))
+    assert transformer.max_det.value == 300 and "gives 300 answers" in transformer.max_det.reason
 
 
 def test_pictures_of_rare_classes_are_repeated_if_that_is_asked_for():
@@ -99,6 +102,12 @@ def test_a_transformer_is_tried_where_gpu_data_and_time_allow():
     assert chosen(gpu)[0] == COCO_DETECTORS[1] and chosen(gpu, time=600.0)[0] == COCO_DETECTORS[0]
     assert chosen(facts()) == ("", "on a GPU, a transformer pretrained on COCO would be tried")
     assert chosen(facts(cuda=True, num_train=500))[0] == "" and chosen(facts(cuda=True, median_side=96)) == ("", "")
+    crowded = chosen(facts(cuda=True, most_objects=200))
+    assert (
+        crowded[0] == ""
+        and "too many for the 300 answers" in crowded[1]
+        and chosen(facts(cuda=True, most_objects=150))[0]
+    )
     assert chosen(gpu, model="fcos") == chosen(gpu, pretrained="false") == ("", "")
 
 

@@ -174,7 +174,8 @@ def _of_transformers(
     found, config = find_detr(source, "false" if card is not None else pretrained.value, asked=pretrained.source == "asked",
                               masks=masks, config=config)  # fmt: skip
     if card is not None:
-        found = replace(found, weights=str(card.file), weights_kind="file", licence=card.licence, labels=card.labels)
+        found = replace(found, weights=str(card.file), weights_kind="file", licence=card.licence, labels=card.labels,
+                        bundle_imgsz=max(card.letterbox.width, card.letterbox.height))  # fmt: skip
     if colours is not None:  # as those weights, or that plan, had them, also where the description is gone
         found = replace(found, mean=colours[0], std=colours[1])
     decision = Decision({"config": config}, f"{config['model_type']}, as its {CONFIG} describes it", "rule")
@@ -196,7 +197,7 @@ def _of_card(card: DetectorCard) -> ModelFacts:
     """The facts of a detector that goes on from another one's weights."""
     found = look_up(split_model(card.model)[1], "false", asked=False)
     return replace(found, weights=str(card.file), weights_kind="file", licence=card.licence, labels=card.labels, mean=card.letterbox.mean,
-                   std=card.letterbox.std)  # fmt: skip
+                   std=card.letterbox.std, bundle_imgsz=max(card.letterbox.width, card.letterbox.height))  # fmt: skip
 
 
 def shown_decisions(plan: Plan) -> dict[str, Decision[object]]:

@@ -65,7 +65,7 @@ def resolve_detect(
     task = decided["task"].value
     choose = Chooser(request, base)
     step = facts.model.size_step
-    imgsz = _image_size(choose, facts.data, facts.machine, step)
+    imgsz = _image_size(choose, facts, step)
     batch, accumulate = _batch(choose, facts)
     recipe = choose_recipe(choose, facts, batch.value)
     if split_model(decided["model"].value)[0] == "detr":
@@ -76,7 +76,7 @@ def resolve_detect(
                         progressive=sizes["progressive"].value)  # fmt: skip
     augmentation = _augmentation(choose, facts.data)
     monitor = _monitor(choose, masks=task == "segment")
-    letterbox, most = _letterbox(imgsz.value, facts), _most(choose, facts.data)
+    letterbox, most = _letterbox(imgsz.value, facts), _most(choose, facts.data, facts.model.most_places)
     _check_places(facts.model, inputs, letterbox.value)
     detector = decided.get("detector") or _architecture(choose.unless_changed("model"), facts.machine, inputs.smallest * min(facts.data.shape),
                                                            split_model(decided["model"].value)[0], most.value)  # fmt: skip
@@ -131,13 +131,20 @@ def usual_most(fullest: int) -> int:
     return max(MOST, 3 * fullest // 2)
 
 
-def _most(choose: Chooser, data: DataFacts) -> Decision[int]:
-    """How many objects of a picture are reported, at most."""
+def _most(choose: Chooser, data: DataFacts, places: int) -> Decision[int]:
+    """How many objects of a picture are reported, at most; of a transformer, its answers for a picture (`places`)."""
     most = usual_most(data.most_objects)
     if choose.base is not None and not choose.base.max_det.value:  # an earlier version's plan
         choose = Chooser(choose.request, None)
-    return choose("max_det", most, f"half as many again as the fullest training picture, with {data.most_objects:,}" if most > MOST
-                  else f"as COCO counts; the fullest training picture has {data.most_objects:,}")  # fmt: skip
+    decision = choose("max_det", most, f"half as many again as the fullest training picture, with {data.most_objects:,}" if most > MOST
+                      else f"as COCO counts; the fullest training picture has {data.most_objects:,}")  # fmt: skip
+    if not 0 < places < decision.value:
+        return decision
+    return Decision(
+        places,
+        f"{decision.value:,} {decision.reason}; this detector gives {places} answers for a picture",
+        decision.source,
+    )
 
 
 def _refuse_layers(recipe: dict[str, Decision[Any]]) -> None:
@@ -168,8 +175,10 @@ def _attentive(choose: Chooser, facts: Facts, batch: int, recipe: dict[str, Deci
     }  # fmt: skip
 
 
-def _image_size(choose: Chooser, data: DataFacts, machine: MachineFacts, step: int) -> Decision[int]:
-    """The longer side of the input: what the smaller objects need to be seen, within what the pictures have and the machine can do."""
+def _image_size(choose: Chooser, facts: Facts, step: int) -> Decision[int]:
+    """The longer side of the input: that of the detector which training goes on from, or what the smaller objects need to be seen, within
+    what the pictures have and the machine can do."""
+    data, machine = facts.data, facts.machine
     low, high = (step * math.ceil(side / step) for side in ((640, 1280) if machine.device == "cuda" else (320, 640)))
     own = max(step, step * math.ceil(data.median_side / step))
     low, high = min(low, own), min(high, own)
@@ -177,6 +186,8 @@ def _image_size(choose: Chooser, data: DataFacts, machine: MachineFacts, step: i
     size = int(min(high, max(low, step * math.ceil(needed / step))))
     reason = (f"the smaller objects take {100 * data.object_side:.1f} % of a picture's longer side, {size * data.object_side:.0f} pixels of the "
               f"input; pictures of {data.median_side} px")  # fmt: skip
+    if facts.model.bundle_imgsz:
+        size, reason = facts.model.bundle_imgsz, "as the bundle was trained"
     decision = choose("imgsz", size, reason)
     rounded = max(step, round(decision.value / step) * step)
     if rounded == decision.value:

@@ -24,6 +24,7 @@ COCO_DETECTORS = ("ustc-community/dfine-nano-coco", "ustc-community/dfine-small-
 COCO_PICTURES = (
     1000  # for training, from which: of its fine-tuning on small sets, near-zero AP is reported again and again
 )
+COCO_QUERIES = 300  # answers that these give for a picture; of crowded ones half would be few to choose from
 COCO_SECONDS = 3600.0  # that a run may take, from which the second of them
 
 
@@ -57,6 +58,11 @@ def coco_detector(request: TrainRequest, data: DataFacts, machine: MachineFacts)
         return "", "on a GPU, a transformer pretrained on COCO would be tried"
     if data.num_train < COCO_PICTURES:
         return "", f"from {COCO_PICTURES:,} pictures on, a transformer pretrained on COCO would be tried"
+    if 2 * data.most_objects > COCO_QUERIES:
+        return (
+            "",
+            f"up to {data.most_objects:,} objects a picture: too many for the {COCO_QUERIES} answers of a transformer pretrained on COCO",
+        )
     large = (request.time or math.inf) >= COCO_SECONDS
     why = f"{data.num_train:,} pictures, a GPU{'' if large else ', little time'}: a transformer that COCO's objects have taught"
     return COCO_DETECTORS[large], why

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from goodfit.config.detect import STEP
+from goodfit.config.detector import COCO_DETECTORS
 from goodfit.config.facts import ModelFacts
 from goodfit.config.plan import Plan
 from goodfit.core.errors import RequestError, StorageError, WeightsError
@@ -63,7 +64,7 @@ def find_detr(
     facts = ModelFacts(
         name=source, num_parameters=sum(p.numel() for p in network.parameters()), native_imgsz=640, stride=_step(own), mean=mean, std=std,
         interpolation="bilinear", crop_share=1.0, weights=weights, weights_kind=found_kind, weights_problem=problem,
-        licence="not stated; see its card" if weights else "none", has_drop_path=False, has_attention=True, size_step=_step(own),
+        licence=("Apache-2.0" if source in COCO_DETECTORS else "not stated; see its card") if weights else "none", has_drop_path=False, has_attention=True, size_step=_step(own),
         square=_windows(own) > 1, most_places=own.num_queries, strides=_strides(own),
         labels=_labels(config) if weights else (),
     )  # fmt: skip
