@@ -406,6 +406,8 @@ def test_boxes_and_masks_are_drawn_in_the_colours_of_their_classes():
     assert (np.abs(inside - (255 + (colour - 255) * 115 / 255)) <= 2).all()  # half transparent
     assert tuple(pixels[10, 190]) == (255, 255, 255) and np.asarray(image).min() == 255  # the original is untouched
     assert (pixels[13:29, 100:130] == class_colour(0)).all(axis=2).any()  # a label above its box
+    alone = np.asarray(draw_objects(image, boxes[1:], [0], ["cat"]))
+    assert tuple(alone[30, 100]) == class_colour(0) and alone[:30].min() == 255  # one class needs no label
     assert len({class_colour(k) for k in range(200)}) == 200
 
 
@@ -415,9 +417,11 @@ def test_boxes_that_are_wrong_are_drawn_as_far_as_they_go():
                       [0, 0, np.inf, 3], [0, 0, 1e-9, 1e-9]])  # fmt: skip
     drawn = draw_objects(image, boxes, [0, 1, 99, 0, 0, 0, -7], ["猫", "b" * 100_000])
     assert drawn.size == image.size and tuple(np.asarray(drawn)[40, 25]) == class_colour(1)
-    assert draw_objects(image, boxes[[0, 3, 5]], [0] * 3, ["a"]).tobytes() == image.tobytes()  # nothing to be drawn
+    assert (
+        draw_objects(image, boxes[[0, 3, 5]], [0] * 3, ["a", "b"]).tobytes() == image.tobytes()
+    )  # nothing to be drawn
     assert draw_objects(image, np.zeros((0, 4)), [], []).tobytes() == image.tobytes()
-    draw_objects(Image.new("RGB", (1, 1)), np.array([[0, 0, 1, 1]]), [0], ["a"])
+    draw_objects(Image.new("RGB", (1, 1)), np.array([[0, 0, 1, 1]]), [0], ["a", "b"])
     many = np.random.default_rng(0).uniform(0, 64, (3000, 4))
     draw_objects(image, many, np.arange(3000) % 7, ["x"] * 7)
     with pytest.raises(ValueError, match="each box"):

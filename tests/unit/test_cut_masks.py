@@ -46,10 +46,11 @@ def test_an_outline_drawn_again_is_the_mask():
     ring = np.zeros((40, 60), bool)
     ring[5:30, 5:40], ring[10:20, 10:20] = True, False
     for mask in [*masks, ring, np.ones((40, 60), bool), np.eye(40, 60, dtype=bool)]:
-        points = outline_mask(mask)
+        points = outline_mask(cut_mask(mask))
         again = draw_mask(POLYGONS, pack_polygons([points / SIZE]), size=SIZE, scale=SIZE)
         assert np.array_equal(again, mask)
-    assert len(outline_mask(np.ones((40, 60), bool))) < 12 and outline_mask(np.zeros((4, 4), bool)).shape == (0, 2)
+    assert len(outline_mask(cut_mask(np.ones((40, 60), bool)))) < 12
+    assert outline_mask(cut_mask(np.zeros((4, 4), bool))).shape == (0, 2)
 
 
 def test_overlaps_and_run_lengths_equal_pycocotools():

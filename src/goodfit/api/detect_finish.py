@@ -167,7 +167,11 @@ def _result(meter: DetectionMeter, parts: DetectParts, threshold: float, look: i
     for c, figures in enumerate(evaluation.by_class()):
         at = min(98, max(0, round(100 * threshold) - 1))
         curve = curves.get(names[c])
-        point = {k: float(curve[k][at]) if curve is not None else 0.0 for k in ("precision", "recall", "f1")}
+        point: dict[str, float | None] = {
+            k: float(curve[k][at]) if curve is not None else 0.0 for k in ("precision", "recall", "f1")
+        }
+        if point["precision"] == 1 and point["recall"] == 0:  # nothing is found: curves begin there
+            point["precision"] = None
         by_mask = {f"mask_{k}": v for k, v in masked["per_class"][c].items()} if masked else {}
         rows.append({"class": names[c], "objects": counts[c], **figures, **by_mask, **point})
     return {

@@ -112,6 +112,7 @@ class _Writer:
             return
         from goodfit.data.checks.draw import draw_objects
         from goodfit.data.masks import outline_mask, pack_rle, unpack_rle
+        from goodfit.runtime.masks import cut_mask
 
         found = row["objects"]
         boxes = np.array([f["box"] for f in found], np.float64).reshape(-1, 4)
@@ -125,7 +126,8 @@ class _Writer:
         shares = np.concatenate(
             [(boxes[:, :2] + boxes[:, 2:]) / 2 / size, (boxes[:, 2:] - boxes[:, :2]) / size], axis=1
         )
-        masks = [unpack_rle(pack_rle(f["mask"]["counts"], *f["mask"]["size"])) for f in found if "mask" in f]
+        # Cut out one by one: a hundred whole masks of a large picture would take gigabytes.
+        masks = [cut_mask(unpack_rle(pack_rle(f["mask"]["counts"], *f["mask"]["size"]))) for f in found if "mask" in f]
         shapes = [(outline_mask(mask) / size).ravel() for mask in masks] or list(shares)
         lines = [
             f"{c} {' '.join(f'{v:.6f}' for v in s)} {f['score']:.6f}\n"

@@ -84,21 +84,17 @@ def _polygon_parts(data: bytes) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.f
     return counts, np.frombuffer(data, "<f4", 2 * total, 4 + 4 * num).reshape(-1, 2)
 
 
-def outline_mask(mask: Mask) -> npt.NDArray[np.float64]:
+def outline_mask(cut: CutMask) -> npt.NDArray[np.float64]:
     """One closed ring around all pieces and holes of a mask, by the even-odd rule: they are joined by lines that are walked there and
     back, as a form with one polygon for an object needs. Drawn again (see above) it gives the same pixels.
 
     The contours are contourpy's, which matplotlib brings.
 
-    Args:
-        mask: Shape (height, width).
-
     Returns:
-        x and y in pixels of the mask, shape (points, 2); none of an empty mask.
+        x and y in pixels of the picture, shape (points, 2); none of an empty mask.
     """
     from contourpy import contour_generator
 
-    cut = cut_mask(mask)
     lines: Any = contour_generator(z=np.pad(cut.pixels, 1).astype(np.float32)).lines(0.5) if cut.pixels.size else []
     corner = np.array(
         [cut.left - 0.5, cut.top - 0.5]

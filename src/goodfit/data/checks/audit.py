@@ -159,9 +159,9 @@ def _imbalance(index: DatasetIndex) -> list[Finding]:
         return []
     order = np.argsort(-counts, kind="stable")
     items = tuple(f"{index.class_names[t]}: {counts[t]}" for t in order)
-    return [Finding("imbalance", "warning", int(counts.sum()), items,
-                    f"the largest class is {ratio:.1f} times the smallest",
-                    "the plan decides: balance=off|sample|loss|logit" if index.objects is None else "add pictures of the rare classes")]  # fmt: skip
+    ways = "off|sample|loss|logit" if index.objects is None else "off|sample"
+    return [Finding("imbalance", "warning", int(counts.sum()), items, f"the largest class is {ratio:.1f} times the smallest",
+                    f"the plan decides: balance={ways}")]  # fmt: skip
 
 
 def changed_files(index: DatasetIndex, rows: npt.NDArray[np.int64] | None = None) -> list[str]:

@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from goodfit.runtime.masks import CutMask, cut_mask
+
 # Tableau's ten, which stay apart for most colour-blind readers; further classes get hues of their own.
 _TABLEAU = (
     "#4e79a7",
@@ -64,20 +66,20 @@ def draw_objects(
     boxes: npt.NDArray[np.floating],
     classes: npt.NDArray[np.integer] | Sequence[int],
     names: Sequence[str],
-    masks: Sequence[npt.NDArray[np.bool_]] | npt.NDArray[np.bool_] | None = None,
+    masks: Sequence[npt.NDArray[np.bool_] | CutMask] | npt.NDArray[np.bool_] | None = None,
 ) -> Image.Image:
     """A copy of a picture with boxes, labels and half-transparent masks in one colour per class.
 
     Boxes are drawn as far as they lie in the picture; reversed ones are turned round and those that are not finite are
     skipped, since this also shows data that is wrong. Labels of larger boxes come first, and one that would hide
-    another is left out.
+    another is left out; where there is one class they would say nothing, and hide small objects.
 
     Args:
         image: RGB, not changed.
         boxes: Left, top, right, bottom in pixels, shape (n, 4).
         classes: Position in `names` of each object, shape (n,).
         names: Names of classes; where the font can draw nothing of a name, "class 3" stands for it.
-        masks: One mask per object, bool, each of shape (height, width).
+        masks: One mask per object, cut out or bool of shape (height, width).
 
     Raises:
         ValueError: shapes do not fit each other.
@@ -88,16 +90,20 @@ def draw_objects(
         raise ValueError("there must be one class, and one mask or none at all, for each box")
     picture = image.convert("RGB") if image.mode != "RGB" else image.copy()
     for mask, number in zip(() if masks is None else masks, numbers, strict=False):
-        if mask.shape != (picture.height, picture.width):
+        if not isinstance(mask, CutMask) and mask.shape != (picture.height, picture.width):
             raise ValueError(f"a mask of shape {mask.shape} on a picture of {picture.width}×{picture.height}")
-        alpha = Image.fromarray(np.where(mask, _MASK_ALPHA, 0).astype(np.uint8))
-        picture.paste(class_colour(number), (0, 0, *picture.size), alpha)
+        cut = mask if isinstance(mask, CutMask) else cut_mask(mask)
+        high, wide = cut.pixels.shape
+        if high and wide:
+            alpha = Image.fromarray(np.where(cut.pixels, _MASK_ALPHA, 0).astype(np.uint8))
+            picture.paste(class_colour(number), (cut.left, cut.top, cut.left + wide, cut.top + high), alpha)
     edges, rows = _inside(boxes, picture.size)
     pen = ImageDraw.Draw(picture)
     width = max(1, round(min(picture.size) / 200))
     for edge, row in zip(edges, rows, strict=True):
         pen.rectangle(tuple(edge), outline=class_colour(numbers[row]), width=width)
-    _draw_labels(pen, picture.size, edges, [numbers[row] for row in rows], names)
+    if len(names) > 1:
+        _draw_labels(pen, picture.size, edges, [numbers[row] for row in rows], names)
     return picture
 
 

@@ -21,7 +21,7 @@ _PROBLEMS = {
     "missing_image": ("warning", "the file does not exist: left out", "mend the list or annotation"),
     "label_conflict": ("warning", "two labels for one sample: all copies left out", "keep the right one"),
     "bad_box": ("warning", "the box was dropped or clipped, its image kept", "mend the annotation"),
-    "bad_mask": ("warning", "the object was dropped, its image kept", "mend the annotation"),
+    "bad_mask": ("warning", "the object, or a part of it that cannot be, was dropped, its image kept", "mend the annotation"),
     "other_size": ("warning", "annotated at another size than the picture has: kept, look at them", "mend the annotation, or put the annotated picture there"),
 }  # fmt: skip
 
