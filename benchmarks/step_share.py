@@ -17,7 +17,6 @@ import copy
 import math
 import statistics
 import time
-from pathlib import Path
 
 import numpy as np
 import torch

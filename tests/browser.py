@@ -181,3 +181,21 @@ class Browser:
             self.errors.append(f"a dialog opened: {parameters['message']}")
         elif method == "Network.requestWillBeSent":
             self.requests.append(parameters["request"]["url"])
+
+
+def check_page(page: Path, profile: Path) -> int:
+    """Open a file as a person does: no error, nothing asked of a network, every picture there, no scrolling sideways on a telephone or a
+    screen. Returns the number of pictures."""
+    with Browser(profile) as browser:
+        for width in (360, 1200):
+            browser.call(
+                "Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=False
+            )
+            browser.open(page.as_uri())
+            assert browser.run("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0, (
+                width
+            )
+        assert browser.run("[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.alt)") == []
+        assert browser.errors == []
+        assert [a for a in browser.requests if not a.startswith(("file://", "data:", "blob:"))] == []
+        return int(browser.run("document.images.length"))

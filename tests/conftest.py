@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,11 @@ if WORKER and hasattr(
 import pytest  # noqa: E402
 
 from pictures import REAL_DATA, draw, folder_hash, folder_times  # noqa: E402
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first, so that no worker ends with it alone."""
+    items.sort(key=lambda item: item.path.name != "test_detr.py")
 
 
 @pytest.fixture
@@ -52,6 +58,22 @@ def real_data(whole_real_data: Path) -> Iterator[Path]:
     before = folder_times(whole_real_data)
     yield whole_real_data
     assert folder_times(whole_real_data) == before, "the test touched the real datasets"
+
+
+@pytest.fixture
+def run_here(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:  # fmt: skip
+    """As `run_cli`, in this process: for what another test shows of a real one."""
+    monkeypatch.chdir(tmp_path)
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        from goodfit.cli.main import main
+
+        capsys.readouterr()
+        return subprocess.CompletedProcess(words, main(words), *capsys.readouterr())
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture

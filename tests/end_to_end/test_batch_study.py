@@ -21,8 +21,6 @@ from goodfit.core.errors import RequestError
 from goodfit.core.journal import Journal
 from plans import plan_of
 
-pytestmark = pytest.mark.alone
-
 
 def left(temporary):
     """What a study left in the folder of temporary files; libraries keep caches of their own there."""

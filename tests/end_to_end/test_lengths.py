@@ -19,8 +19,7 @@ from goodfit.engine.budget import TimeBudget
 from goodfit.engine.checkpoint import Checkpoints, restore, tensors_sha256
 from goodfit.engine.loop import fit
 from goodfit.engine.stop import StopFlag
-
-pytestmark = pytest.mark.alone
+from outcomes import only_training
 
 
 def fit_on(parts, folder, journal, settings):
@@ -101,7 +100,8 @@ def test_a_finished_run_is_extended_from_before_its_decay(bars, tmp_path, monkey
         goodfit.extend(run.path, epochs=20)
 
 
-def test_extending_a_schedule_without_a_stable_rate_warms_up_again(bars, tmp_path):
+def test_extending_a_schedule_without_a_stable_rate_warms_up_again(bars, tmp_path, monkeypatch):
+    only_training(monkeypatch)
     run = goodfit.train(
         bars, project=str(tmp_path), epochs=2, batch=16, rehearse=False, suspects=False, schedule="cosine"
     )
@@ -112,6 +112,7 @@ def test_extending_a_schedule_without_a_stable_rate_warms_up_again(bars, tmp_pat
     assert len(rates) == 4 and rates[1] < 0.1 * rates[0] and rates[2] > 5 * rates[1] and rates[3] < rates[2]
 
 
+@pytest.mark.alone
 def test_training_ends_in_time_with_its_decay(bars, tmp_path):
     parts = parts_of(bars)  # 300 epochs
     journal = Journal(tmp_path / "events.jsonl")
@@ -125,6 +126,7 @@ def test_training_ends_in_time_with_its_decay(bars, tmp_path):
     assert rates[-1] < 0.1 * max(rates)
 
 
+@pytest.mark.alone
 @pytest.mark.soak
 def test_a_time_budget_is_kept_by_the_whole_command(bars, tmp_path):
     start = time.monotonic()

@@ -24,16 +24,16 @@ def test_wrong_folder(run_cli, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_empty_folder(run_cli, tmp_path):
+def test_empty_folder(run_here, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert "empty" in refused(run_cli("train", "empty", "json=true"), 3)["error"]
+    assert "empty" in refused(run_here("train", "empty", "json=true"), 3)["error"]
 
 
-def test_one_class_only(run_cli, tmp_path):
+def test_one_class_only(run_here, tmp_path):
     (tmp_path / "d" / "cats").mkdir(parents=True)
     for number in range(5):
         draw(number, 0).save(tmp_path / "d" / "cats" / f"{number}.png")
-    value = refused(run_cli("train", "d", "json=true"), 3)
+    value = refused(run_here("train", "d", "json=true"), 3)
     assert "one class only: cats" in value["error"] and "two class folders" in value["next"]
 
 
@@ -46,8 +46,8 @@ def test_misspelled_and_unusable_options(run_cli, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_text_file_and_a_zero_byte_image_among_the_images(run_cli, bars):
-    done = run_cli("audit", str(bars), "json=true")
+def test_a_text_file_and_a_zero_byte_image_among_the_images(run_here, bars):
+    done = run_here("audit", str(bars), "json=true")
     assert done.returncode == 0, done.stderr
     value = json.loads(done.stdout.strip().splitlines()[-1])
     found = {f["kind"]: f for f in value["findings"]}
@@ -64,21 +64,21 @@ def test_commands(run_cli):
     assert run_cli("resume", "nowhere").returncode == 2
 
 
-def test_no_such_model_and_device(run_cli, bars):
-    value = refused(run_cli("plan", str(bars), "model=resnet1", "json=true"), 2)
+def test_no_such_model_and_device(run_here, bars):
+    value = refused(run_here("plan", str(bars), "model=resnet1", "json=true"), 2)
     assert "resnet1" in value["error"] and "resnet18" in value["next"]
-    assert "TPU" in refused(run_cli("plan", str(bars), "device=TPU", "json=true"), 2)["error"]
+    assert "TPU" in refused(run_here("plan", str(bars), "device=TPU", "json=true"), 2)["error"]
 
 
-def test_the_plan_is_shown_and_followed(run_cli, bars, tmp_path):
+def test_the_plan_is_shown_and_followed(run_cli, run_here, bars, tmp_path):
     done = run_cli("plan", str(bars), "json=true", "lr=0.003")
     plan = json.loads(done.stdout.strip().splitlines()[-1])
     assert plan["decisions"]["lr"] == {"value": 0.003, "source": "asked", "reason": "asked for"}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
-    again = run_cli("plan", str(bars), "plan=plan.json", "--epochs", "7", "json=true")
+    again = run_here("plan", str(bars), "plan=plan.json", "--epochs", "7", "json=true")
     second = json.loads(again.stdout.strip().splitlines()[-1])["decisions"]
     assert second["lr"]["value"] == 0.003 and second["epochs"]["value"] == 7
-    table = run_cli("plan", str(bars)).stdout
+    table = run_here("plan", str(bars)).stdout
     assert "precision" in table and "rule" in table
 
 

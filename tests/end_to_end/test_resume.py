@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 import goodfit
-
-pytestmark = pytest.mark.alone
+from outcomes import only_hashes
 
 # Everything that draws random numbers or keeps state: dropout, mixup, cutmix, averaging, accumulation, uneven micro-batches.
 EVERYTHING = ("model=resnet10t", "epochs=4", "batch=18", "accumulate=4", "dropout=0.3", "mixup=0.2", "cutmix=0.5", "ema=true", "swa=0.5",
@@ -67,7 +66,7 @@ def uninterrupted(bars, tmp_path_factory) -> dict:
     ],
 )
 def test_stopped_in_mid_epoch_and_resumed_with_other_workers(
-    bars, uninterrupted, tmp_path, number, code, workers, later
+    bars, uninterrupted, tmp_path, monkeypatch, number, code, workers, later
 ):
     process = start("train", str(bars), "name=cut", *EVERYTHING, f"workers={workers}", cwd=tmp_path)
     run = tmp_path / "runs" / "cut"
@@ -82,10 +81,10 @@ def test_stopped_in_mid_epoch_and_resumed_with_other_workers(
     assert "Traceback" not in err
     stopped_at = json.loads((run / "checkpoints" / "last" / "state.json").read_text())["progress"]
     assert 0 < stopped_at["step"] < uninterrupted["steps"]
-    words = [sys.executable, "-m", "goodfit", "resume", "runs/cut", f"workers={later}", "json=true"]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    result = last_json(done.stdout)
+    only_hashes(monkeypatch)
+    result = goodfit.resume(
+        run, workers=later
+    )  # in another process than the one that began it, as a killed run is below
     assert result["state_sha256"] == uninterrupted["state_sha256"]
     assert result["weights_sha256"] == uninterrupted["weights_sha256"]
     rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
@@ -115,18 +114,12 @@ def test_killed_and_resumed(bars, uninterrupted, tmp_path):
     assert [int(r["epoch"]) for r in csv.DictReader((run / "metrics.csv").read_text().splitlines())] == [1, 2, 3, 4]
 
 
-def test_another_run_is_not_equal(uninterrupted, bars, tmp_path):
-    """The control: with another seed the hashes differ, so equality above means something."""
-    words = [sys.executable, "-m", "goodfit", "train", str(bars), *EVERYTHING, "seed=1"]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert last_json(done.stdout)["state_sha256"] != uninterrupted["state_sha256"]
-
-
-def test_changed_files_and_damaged_checkpoints(bars, tmp_path):
+def test_changed_files_and_damaged_checkpoints(bars, uninterrupted, tmp_path):
+    """With another seed; so it is also the control: its hashes differ, and equality above means something."""
     import shutil
 
     data = Path(shutil.copytree(bars, tmp_path / "data"))
-    process = start("train", str(data), "name=r", *EVERYTHING, cwd=tmp_path)
+    process = start("train", str(data), "name=r", *EVERYTHING, "seed=1", cwd=tmp_path)
     run = tmp_path / "runs" / "r"
     wait_for_step(run, 15, process)
     process.send_signal(signal.SIGINT)
@@ -145,6 +138,7 @@ def test_changed_files_and_damaged_checkpoints(bars, tmp_path):
     finished = goodfit.resume(run)
     said = [e["text"] for e in finished.events if e["event"] == "stage" and e["name"] == "resume"]
     assert any("damaged" in text for text in said), said
+    assert finished.result["state_sha256"] != uninterrupted["state_sha256"]
 
 
 def test_nothing_to_resume(tmp_path):

@@ -23,6 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import goodfit
+from browser import check_page
 from goodfit.api.finish import open_test
 from goodfit.api.train import reopen
 from goodfit.core.journal import Journal
@@ -52,6 +53,11 @@ def test_the_folder_holds_the_record(finished):
     assert {"run", "stage", "decision", "step", "epoch", "checkpoint", "test", "done"} <= events
     assert all(float(r["samples_per_second"]) > 0 for r in rows)
     assert not list(path.rglob(".tmp-*"))
+
+
+def test_its_pages_are_read_in_a_browser(finished, tmp_path):
+    assert check_page(finished.path / "report.html", tmp_path / "profile") >= 3
+    check_page(finished.path / "audit.html", tmp_path / "profile")
 
 
 def test_the_time_of_every_epoch_is_accounted_for(finished):
@@ -214,15 +220,6 @@ def test_resuming_a_finished_run_changes_nothing(finished):
     assert again.result == finished.result and folder_hash(finished.path) == before
 
 
-def test_one_more_look_is_counted(bars, tmp_path):
-    project = str(tmp_path / "runs")
-    run = goodfit.train(bars, epochs=1, project=project, batch=16, rehearse=False, name="a")
-    assert run.metrics["test"]["look"] == 1
-    assert goodfit.test(run.path)["metrics"]["test"]["look"] == 2
-    other = goodfit.train(bars, epochs=1, project=project, batch=16, rehearse=False, name="b", seed=1)
-    assert other.metrics["test"]["look"] == 3, "the same test split, looked at by another run"
-
-
 def test_a_test_file_that_changed_is_noticed_before_the_look(finished, bars, tmp_path):
     parts = reopen(finished, Journal(None))
     shutil.copytree(bars, tmp_path / "data")
@@ -281,14 +278,18 @@ def test_python_leaves_the_process_as_it_was(finished, bars, tmp_path):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_two_runs_of_one_seed_are_equal_and_of_another_are_not(bars, tmp_path):
-    def hashes(**more):
-        run = goodfit.train(bars, epochs=2, project=str(tmp_path), batch=16, rehearse=False, **more)
-        return run.result["state_sha256"], run.result["weights_sha256"]
+def test_two_runs_of_one_seed_are_equal_and_of_another_are_not_and_every_look_is_counted(bars, tmp_path):
+    def run(**more):
+        made = goodfit.train(
+            bars, epochs=2, project=str(tmp_path), batch=16, rehearse=False, deterministic=True, **more
+        )
+        return made, (made.result["state_sha256"], made.result["weights_sha256"]), made.metrics["test"]["look"]
 
-    first = hashes(deterministic=True, seed=4)
-    assert first == hashes(deterministic=True, seed=4, cache="off")
-    assert first[0] != hashes(deterministic=True, seed=5)[0]
+    first, hashes, look = run(seed=4)
+    assert look == 1 and goodfit.test(first.path)["metrics"]["test"]["look"] == 2
+    _, again, look = run(seed=4, cache="off")
+    assert again == hashes and look == 3, "the same test split, looked at by another run"
+    assert run(seed=5)[1][0] != hashes[0]
 
 
 def test_a_pretrained_file_is_recognised_and_reported(bars, real_data, tmp_path):
