@@ -13,6 +13,7 @@ from goodfit.api.detect_parts import assemble_detector
 from goodfit.api.prepare import read_and_audit
 from goodfit.config.detect import detector_batches, resolve_detect
 from goodfit.config.detector import COCO_DETECTORS, coco_detector, resolve_detector
+from goodfit.config.facts import FirstStep
 from goodfit.config.measured import BatchCost, Measured
 from goodfit.config.parse import parse_request
 from goodfit.config.plan import Plan
@@ -84,6 +85,24 @@ def test_so_many_objects_are_reported():
     few = facts(most_objects=500)
     transformer = plan(replace(few, model=replace(few.model, most_places=300)))
     assert transformer.max_det.value == 300 and "gives 300 answers" in transformer.max_det.reason
+
+
+def test_a_time_sets_the_size_of_the_input_and_leaves_out_a_rehearsal_that_would_take_most_of_it():
+    """Small objects ask for 640 pixels; at 4 s for a step of 8 pictures 120 s would hold one and a half passes over 94 pictures."""
+    made = facts(num_train=94, median_side=640)
+    made = replace(made, data=replace(made.data, object_side=0.019))
+    slow = replace(made, first_step=FirstStep(640, 0.5))
+    assert plan(made).imgsz.value == plan(slow).imgsz.value == 640  # there is no time to keep
+    short = plan(slow, time=120.0)
+    assert short.imgsz.value == 320 and "1.3 passes" in short.imgsz.reason and "5.1 at 320" in short.imgsz.reason
+    assert not short.rehearse.value and "36 of the 120 s" in short.rehearse.reason
+    assert (
+        plan(slow, time=120.0, imgsz=640, rehearse=True).imgsz.value == 640
+        and plan(slow, time=120.0, rehearse=True).rehearse.value
+    )
+    between = plan(slow, time=600.0)
+    assert 320 < between.imgsz.value < 640 and between.rehearse.value
+    assert plan(slow, time=3600.0).imgsz.value == 640 and plan(slow, time=3600.0).rehearse.value
 
 
 def test_pictures_of_rare_classes_are_repeated_if_that_is_asked_for():

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from goodfit.api.verdict import too_little_time
 from goodfit.core.errors import StorageError
 from goodfit.core.journal import Journal
+from goodfit.engine.budget import TimeBudget
 from goodfit.engine.checkpoint import Checkpoints, take_snapshot, tensors_sha256
 from goodfit.engine.ema import Ema
 from goodfit.engine.optimizer import build_optimizer
@@ -186,3 +189,20 @@ def test_measuring_the_pace_leaves_the_run_as_it_was(make_images, tmp_path):
     assert before[0] == after[0] and torch.equal(before[1], after[1]) and before[2] == after[2]
     assert list(tmp_path.glob(".tmp-pace*")) == [] and parts.val.bytes_to_keep == 0
     assert min(found.step, found.validation, found.snapshot, found.save) > 0 and found.step > found.data
+
+
+def test_a_time_that_holds_too_little_is_told_before_training():
+    """Steps of 4 s and validations of 36 s: two minutes, of which plan and rehearsal took 79 s, leave nothing worth having."""
+
+    def told(seconds, *, spent=79.0, step=0, paces=({"step": 3.9, "data": 0.1},)):
+        run = SimpleNamespace(events=[{"event": "stage", "name": "pace", "pace": pace} for pace in paces])
+        parts = SimpleNamespace(
+            state=SimpleNamespace(progress=SimpleNamespace(step=step)), train=SimpleNamespace(steps_per_epoch=11)
+        )
+        budget = TimeBudget(seconds=seconds, used=spent, reserve=20.0, rest_seconds=36.0)
+        return too_little_time(run, parts, budget)
+
+    assert "about 0 steps, where one pass over its samples takes 11" in told(
+        120.0
+    ) and "time=15m would hold 10" in told(120.0)
+    assert "about 6 steps" in told(160.9) and told(900.0) == "" == told(120.0, step=5) == told(120.0, paces=())

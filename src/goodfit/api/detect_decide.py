@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from goodfit.config.detect import (
 )
 from goodfit.config.detector import coco_detector, resolve_detector, split_model
 from goodfit.config.execution import matching, ways_to_execute
-from goodfit.config.facts import DataFacts, Facts, MachineFacts, ModelFacts
+from goodfit.config.facts import DataFacts, Facts, FirstStep, MachineFacts, ModelFacts
 from goodfit.config.measured import MEMORY_SHARE, BatchCost, Measured, best_execution
 from goodfit.config.plan import Decision, Plan
 from goodfit.config.request import TrainRequest
@@ -35,10 +36,11 @@ from goodfit.models.catalog import look_up
 from goodfit.models.detection.build import make_network
 from goodfit.models.detection.detr_source import CONFIG, find_detr
 from goodfit.models.detection.transfer import DetectorCard, read_detector_card
-from goodfit.planning.inprocess import measure_batches_here, measure_ways_here
+from goodfit.planning.inprocess import measure_batches_here, measure_ways_here, step_seconds_here
 
 MEASURE_PAYS = 120.0  # projected seconds of a run from which ways to execute the step are compared ...
-MEASURE_SECONDS = 8.0  # ... for about as long
+MEASURE_SECONDS = 8.0  # ... for about as long, each for some steps at least ...
+WAY_STEPS, MEASURE_SHARE = 8, 0.1  # ... which must be no larger a share of the run
 BATCHES_PAY = 1800.0  # projected seconds from which batch sizes are timed too
 
 
@@ -68,8 +70,7 @@ def decide_detector(request: TrainRequest, audited: Audited, journal: Journal, b
             raise RequestError(f"batch={request.memory:g}, a share of the memory, needs the batch to be measured, which is off here.", where="batch=",
                                kept="nothing was started", next=f"say how many pictures, as batch={plan.batch.value}")  # fmt: skip
         if measuring:
-            facts = _measured(request, facts, plan, audited)
-            plan = resolve_detect(request, facts, decided, base)
+            facts, plan = _measured(request, facts, decided, plan, audited)
         if plan.measured is not None and plan.measured.steps:
             journal.emit("measured", table=plan.measured.table(), **plan.measured.to_dict())
         for key, decision in shown_decisions(plan).items():
@@ -220,19 +221,43 @@ def _weights(facts: Facts, name: Decision[str], pretrained: Decision[str]) -> di
     return {"model": name, "pretrained": Decision("false", reason, source), "weights": Decision("", "none", "rule")}
 
 
-def _measured(request: TrainRequest, facts: Facts, plan: Plan, audited: Audited) -> Facts:
-    """The facts with ways to execute the step compared on copies in this process, and batch sizes where that was asked for or pays."""
-    parts = assemble_detector(plan.changed(compile="off", cache="off", workers=0), audited.index)
-    group = parts.train.group(0, 0, plan.accumulate.value)
-    costs = measure_ways_here(parts.state.model, parts.context, parts.optimizer_for, group, [(plan.precision.value, plan.channels_last.value)],
-                              seconds=0.0, ema=plan.ema.value)  # fmt: skip
-    run = plan.epochs.value * parts.train.steps_per_epoch * sum(cost.seconds for cost in costs)
+def _measured(
+    request: TrainRequest, facts: Facts, decided: dict[str, Decision[Any]], plan: Plan, audited: Audited
+) -> tuple[Facts, Plan]:
+    """The facts with the plan that follows from them: a step timed, and with that, where it pays, ways to execute it and batch sizes
+    compared, on copies in this process."""
+    parts, group = _trial_parts(plan, audited)
+    first = step_seconds_here(parts.state.model, parts.context, parts.optimizer_for, group, ema=plan.ema.value)
+    if request.time and first:
+        timed = FirstStep(plan.imgsz.value, first / plan.batch.value)
+        facts = replace(facts, first_step=timed)
+        plan = resolve_detect(request, facts, decided, None)
+        first = timed.at(plan.imgsz.value) * plan.batch.value
+    run = plan.epochs.value * parts.train.steps_per_epoch * first
     run = min(run, plan.time.value or run)
-    if not (request.measure or request.memory) and run < MEASURE_PAYS:
-        return facts
+    del parts, group  # before others take their memory
+    ways = ways_to_execute(plan, facts.machine)
+    takes = max(MEASURE_SECONDS, WAY_STEPS * len(ways) * first)
+    if not (request.measure or request.memory) and (run < MEASURE_PAYS or takes > MEASURE_SHARE * run):
+        return facts, plan
+    facts = _compared(request, facts, plan, audited, ways, run)
+    return facts, resolve_detect(request, facts, decided, None)
+
+
+def _trial_parts(plan: Plan, audited: Audited) -> tuple[DetectParts, list[MicroBatch]]:
+    """All that a step takes, and the first batch."""
+    parts = assemble_detector(plan.changed(compile="off", cache="off", workers=0), audited.index)
+    return parts, parts.train.group(0, 0, plan.accumulate.value)
+
+
+def _compared(
+    request: TrainRequest, facts: Facts, plan: Plan, audited: Audited, ways: Sequence[tuple[str, bool]], run: float
+) -> Facts:
+    """The facts with ways to execute a step compared, and batch sizes where that was asked for or pays in a run of so many seconds."""
     start = time.monotonic()
-    costs = measure_ways_here(parts.state.model, parts.context, parts.optimizer_for, group, ways_to_execute(plan, facts.machine),
-                              seconds=MEASURE_SECONDS, ema=plan.ema.value)  # fmt: skip
+    parts, group = _trial_parts(plan, audited)
+    costs = measure_ways_here(parts.state.model, parts.context, parts.optimizer_for, group, ways, seconds=MEASURE_SECONDS,
+                              ema=plan.ema.value)  # fmt: skip
     batches: list[BatchCost] = []
     memory = int((request.memory or MEMORY_SHARE) * facts.machine.free_memory)
     best = best_execution(matching(costs, plan.precision, plan.channels_last))

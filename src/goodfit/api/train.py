@@ -29,7 +29,7 @@ from goodfit.api.inspect import page_stage, suspect_stage
 from goodfit.api.kinds import finish_run, kind_of
 from goodfit.api.prepare import base_plan, progress_of, read_and_audit, stage
 from goodfit.api.transfer import transfer_stage
-from goodfit.api.verdict import disk_stage, projection_stage, time_budget, time_stage
+from goodfit.api.verdict import disk_stage, projection_stage, time_budget, time_stage, too_little_time
 from goodfit.config.parse import read_request
 from goodfit.config.plan import Decision, Plan
 from goodfit.config.request import TrainRequest, options
@@ -111,8 +111,11 @@ def training(
     journal.listen(MetricsFile(run.path))
     projection_stage(run, parts, journal)
     with stage(journal, "train") as note:
+        budget = time_budget(run, parts, began)
+        if budget is not None and (text := too_little_time(run, parts, budget)):
+            journal.emit("warning", text=text)
         with StopFlag() as stop:
-            yield replace(parts.settings, time=time_budget(run, parts, began)), checkpoints, stop
+            yield replace(parts.settings, time=budget), checkpoints, stop
         progress = parts.state.progress
         best = progress.best or {}
         note.text = f"ended by its {progress.ended} after {progress.step} steps; best epoch {best.get('epoch', 0) + 1}"

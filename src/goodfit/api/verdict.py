@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from goodfit.outcome.utilisation import Verdict, utilisation
 from goodfit.planning.pace import Pace, measure_pace
 from goodfit.planning.projection import Projection, check_disk, describe_seconds, measure_outcome, project
 
+PASSES = 10  # over the training samples that a time is proposed for
 FINISH_SECONDS = 12.0  # of a run's time, for bundle, report and the start of the program
 
 
@@ -111,6 +113,20 @@ def time_budget(run: Run, parts: FitParts, began: float) -> TimeBudget | None:
     reserve = min(FINISH_SECONDS + 2 * save + image * parts.num_served, 0.5 * seconds)
     return TimeBudget(seconds=seconds, used=parts.state.progress.seconds, reserve=reserve,
                       rest_seconds=image * len(parts.val.rows), began=began)  # fmt: skip
+
+
+def too_little_time(run: Run, parts: FitParts, budget: TimeBudget) -> str:
+    """What to say where a time leaves training less than two passes over its samples; "" otherwise, or where the pace is unknown."""
+    paces = [e["pace"] for e in run.events if e["event"] == "stage" and e.get("pace")]
+    if not paces or parts.state.progress.step:
+        return ""
+    step, epoch = float(paces[-1]["step"] + paces[-1]["data"]), parts.train.steps_per_epoch
+    steps = max(0, int((budget.left() - budget.rest_seconds) / step))
+    if steps >= 2 * epoch:
+        return ""
+    minutes = math.ceil((budget.spent() + budget.reserve + PASSES * (epoch * step + budget.rest_seconds)) / 60)
+    return (f"Of {describe_seconds(budget.seconds)} training has {describe_seconds(max(0.0, budget.left()))}, about {steps} steps, where one pass over its "
+            f"samples takes {epoch}; time={minutes}m would hold {PASSES}")  # fmt: skip
 
 
 def time_stage(run: Run, parts: FitParts, journal: Journal) -> None:

@@ -30,6 +30,10 @@ BATCH = {"cpu": 8, "cuda": 16}
 MASK_BATCH = 4  # on a processor: dense masks of every object take memory
 CLOSE = 0.1
 MOST = 100  # objects of a picture, as COCO counts them
+PASSES = 15  # over the training pictures that a time should hold: for fewer the input is smaller
+STEPS_SHARE = 0.5  # of a time that is the steps'; the rest goes to audit, plan, rehearsal, validation, test and bundle
+REHEARSAL_STEPS = 36  # that a rehearsal takes at least, about ...
+REHEARSAL_SHARE = 0.25  # ... and the share of a time beyond which it is left out
 MOST_DOUBLINGS = 3  # of the usual batch
 SAMPLED = 64  # proposals of an image that a second stage learns from on a processor: an eighth of the published number
 _ONE_CLASS = "this is for images with one class each"
@@ -97,7 +101,7 @@ def resolve_detect(
         monitor=monitor,
         seed=choose("seed", 0, "fixed, so that the run can be repeated"),
         deterministic=choose("deterministic", False, "the CPU repeats itself anyway; on a GPU it costs speed"),
-        rehearse=choose("rehearse", True, "a minute now against a night lost"),
+        rehearse=_rehearse(choose, facts, batch.value, imgsz.value),
         **{name: Decision(value, "means nothing for a detector", "rule") for name, value in NEUTRAL.items()},
         measured=facts.measured if base is None else base.measured,
     )
@@ -186,6 +190,13 @@ def _image_size(choose: Chooser, facts: Facts, step: int) -> Decision[int]:
     size = int(min(high, max(low, step * math.ceil(needed / step))))
     reason = (f"the smaller objects take {100 * data.object_side:.1f} % of a picture's longer side, {size * data.object_side:.0f} pixels of the "
               f"input; pictures of {data.median_side} px")  # fmt: skip
+    first, time = facts.first_step, choose.request.time
+    if first is not None and time and size > low:
+        passes = STEPS_SHARE * time / (first.at(size) * data.num_train)
+        smaller = max(low, step * math.ceil(size * min(1.0, passes / PASSES) ** 0.5 / step))
+        if smaller < size:
+            reason = f"{time:.0f} s hold about {passes:.2g} passes over the training pictures at {size} pixels, {passes * (size / smaller) ** 2:.2g} at {smaller}"  # fmt: skip
+            size = smaller
     if facts.model.bundle_imgsz:
         size, reason = facts.model.bundle_imgsz, "as the bundle was trained"
     decision = choose("imgsz", size, reason)
@@ -195,6 +206,15 @@ def _image_size(choose: Chooser, facts: Facts, step: int) -> Decision[int]:
     return Decision(
         rounded, f"{decision.value} {decision.reason}; this detector takes multiples of {step}", decision.source
     )
+
+
+def _rehearse(choose: Chooser, facts: Facts, batch: int, imgsz: int) -> Decision[bool]:
+    """Whether training is tried out before it begins."""
+    first, time = facts.first_step, choose.request.time
+    takes = 0.0 if first is None else REHEARSAL_STEPS * batch * first.at(imgsz)
+    if time and takes > REHEARSAL_SHARE * time:
+        return choose("rehearse", False, f"it would take about {takes:.0f} of the {time:.0f} s")
+    return choose("rehearse", True, "a minute now against a night lost")
 
 
 def _letterbox(imgsz: int, facts: Facts) -> Decision[dict[str, Any]]:

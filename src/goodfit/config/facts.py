@@ -72,6 +72,23 @@ class ModelFacts:
     bundle_imgsz: int = 0  # that the weights were trained at, where they are a bundle's; pixels
 
 
+@dataclass(frozen=True, slots=True)
+class FirstStep:
+    """What one step of training took, before anything else was measured.
+
+    Attributes:
+        imgsz: Longer side of its input, pixels.
+        seconds: Of one of its pictures.
+    """
+
+    imgsz: int
+    seconds: float
+
+    def at(self, imgsz: int) -> float:
+        """Seconds of a picture at another size: convolutions cost by its pixels."""
+        return self.seconds * (imgsz / self.imgsz) ** 2
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
     """All that `resolve` may look at."""
@@ -81,3 +98,4 @@ class Facts:
     model: ModelFacts
     measured: Measured | None = None  # None: rules decide
     fitted: Fitted | None = None  # what fits the latency limit, where one was asked for
+    first_step: FirstStep | None = None  # of a detector that has a time to be trained in

@@ -23,7 +23,8 @@ from goodfit.runtime.masks import CutMask
 MAX_PICTURES = 16  # of a batch
 NUM_SIDE_BY_SIDE = 6
 NUM_WORST = 12
-MOST_SIDE = 480  # pixels of a picture on a sheet
+MOST_SIDE = 480  # pixels of a picture on a sheet; smaller pictures are enlarged to that ...
+ENLARGED = 3.0  # ... by so much at most
 MARGIN = 1.0  # of an object's longer side, around it
 CUT_SIDE = 200
 MAX_CURVES = 20  # classes with curves of their own
@@ -70,7 +71,7 @@ def plot_found(
     sheet, captions = [], []
     for number, (row, image) in enumerate(zip(rows.tolist(), meter.images, strict=True)):
         picture = decode_image(index.file(row))
-        ratio = min(1.0, MOST_SIDE / max(picture.size))
+        ratio = min(ENLARGED, MOST_SIDE / max(picture.size))
         small = picture.resize(
             [max(1, round(s * ratio)) for s in picture.size], Image.Resampling.BILINEAR, reducing_gap=2.0
         )

@@ -18,7 +18,7 @@ from goodfit.engine.ema import Ema
 from goodfit.engine.schedule import Schedule
 from goodfit.engine.state import LossScale, Progress, TrainState
 from goodfit.engine.step import StepContext
-from goodfit.planning.measure import measure_batches, measure_executions
+from goodfit.planning.measure import measure_batches, measure_executions, timed_step
 
 
 @contextlib.contextmanager
@@ -48,6 +48,20 @@ def copied_state(
         finally:
             np.random.set_state(numbers)
             random.setstate(python)
+
+
+def step_seconds_here(
+    model: nn.Module, context: StepContext, build_optimizer: Callable[[nn.Module], torch.optim.Optimizer], group: Sequence[Micro], *,
+    ema: bool,
+) -> float:  # fmt: skip
+    """Seconds of one step on a copy of a module, after one to warm up; 0 where it cannot be taken, which training will tell of."""
+    with (
+        contextlib.suppress(RuntimeError, MemoryError),
+        copied_state(model, context, build_optimizer, ema=ema) as state,
+    ):
+        timed_step(state, context, group)
+        return timed_step(state, context, group)
+    return 0.0
 
 
 def measure_batches_here(
