@@ -11,7 +11,7 @@ from goodfit.api import detect_decide
 from goodfit.api.demo import write_scenes
 from goodfit.api.detect_parts import assemble_detector
 from goodfit.api.prepare import read_and_audit
-from goodfit.config.detect import detector_batches, resolve_detect
+from goodfit.config.detect import detector_batches, few_passes, resolve_detect
 from goodfit.config.detector import COCO_DETECTORS, coco_detector, resolve_detector
 from goodfit.config.facts import FirstStep
 from goodfit.config.measured import BatchCost, Measured
@@ -100,6 +100,8 @@ def test_a_time_sets_the_size_of_the_input_and_leaves_out_a_rehearsal_that_would
         plan(slow, time=120.0, imgsz=640, rehearse=True).imgsz.value == 640
         and plan(slow, time=120.0, rehearse=True).rehearse.value
     )
+    assert "about 1.3 passes" in few_passes(plan(slow, time=120.0, imgsz=640), slow) and "time=24m would hold 15" in few_passes(plan(slow, time=120.0, imgsz=640), slow)  # fmt: skip
+    assert few_passes(short, slow) == "" == few_passes(plan(made), made)
     between = plan(slow, time=600.0)
     assert 320 < between.imgsz.value < 640 and between.rehearse.value
     assert plan(slow, time=3600.0).imgsz.value == 640 and plan(slow, time=3600.0).rehearse.value

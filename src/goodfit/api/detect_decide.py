@@ -17,6 +17,7 @@ from goodfit.config.detect import (
     NEUTRAL,
     STEP,
     detector_batches,
+    few_passes,
     resolve_detect,
     usual_detector_batch,
 )
@@ -75,6 +76,8 @@ def decide_detector(request: TrainRequest, audited: Audited, journal: Journal, b
             journal.emit("measured", table=plan.measured.table(), **plan.measured.to_dict())
         for key, decision in shown_decisions(plan).items():
             journal.emit("decision", name=key, value=decision.value, reason=decision.reason, source=decision.source)
+        if text := few_passes(plan, facts):
+            journal.emit("warning", text=text)
         licence = plan.weights.reason if plan.weights.value else "no pretrained weights"
         note.text = f"{plan.model.value}, backbone of {facts.model.num_parameters / 1e6:.1f} M parameters; {licence}; on {machine.device_name}"
     return plan

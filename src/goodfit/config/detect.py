@@ -11,7 +11,7 @@ from typing import Any
 from goodfit.config.chooser import Chooser
 from goodfit.config.detector import split_model
 from goodfit.config.execution import MIN_STEPS_PER_EPOCH, choose_execution, told_if_slow
-from goodfit.config.facts import DataFacts, Facts, MachineFacts, ModelFacts
+from goodfit.config.facts import DataFacts, Facts, FirstStep, MachineFacts, ModelFacts
 from goodfit.config.measured import best_batch, explain_batch
 from goodfit.config.monitor import check_monitor
 from goodfit.config.plan import Decision, Plan
@@ -31,6 +31,7 @@ MASK_BATCH = 4  # on a processor: dense masks of every object take memory
 CLOSE = 0.1
 MOST = 100  # objects of a picture, as COCO counts them
 PASSES = 15  # over the training pictures that a time should hold: for fewer the input is smaller
+FEW_PASSES = 5  # below which a person is told that little will be learned
 STEPS_SHARE = 0.5  # of a time that is the steps'; the rest goes to audit, plan, rehearsal, validation, test and bundle
 REHEARSAL_STEPS = 36  # that a rehearsal takes at least, about ...
 REHEARSAL_SHARE = 0.25  # ... and the share of a time beyond which it is left out
@@ -192,7 +193,7 @@ def _image_size(choose: Chooser, facts: Facts, step: int) -> Decision[int]:
               f"input; pictures of {data.median_side} px")  # fmt: skip
     first, time = facts.first_step, choose.request.time
     if first is not None and time and size > low:
-        passes = STEPS_SHARE * time / (first.at(size) * data.num_train)
+        passes = passes_in(time, first, size, data)
         smaller = max(low, step * math.ceil(size * min(1.0, passes / PASSES) ** 0.5 / step))
         if smaller < size:
             reason = f"{time:.0f} s hold about {passes:.2g} passes over the training pictures at {size} pixels, {passes * (size / smaller) ** 2:.2g} at {smaller}"  # fmt: skip
@@ -206,6 +207,20 @@ def _image_size(choose: Chooser, facts: Facts, step: int) -> Decision[int]:
     return Decision(
         rounded, f"{decision.value} {decision.reason}; this detector takes multiples of {step}", decision.source
     )
+
+
+def passes_in(time: float, first: FirstStep, imgsz: int, data: DataFacts) -> float:
+    """Passes over the training pictures that so many seconds hold, about."""
+    return STEPS_SHARE * time / (first.at(imgsz) * data.num_train)
+
+
+def few_passes(plan: Plan, facts: Facts) -> str:
+    """What to say of a time that holds too few passes to learn much; "" otherwise."""
+    first, time = facts.first_step, plan.time.value
+    if first is None or not time or (passes := passes_in(time, first, plan.imgsz.value, facts.data)) >= FEW_PASSES:
+        return ""
+    return (f"{time:.0f} s hold about {passes:.2g} passes over the training pictures, from which little is learned; "
+            f"time={math.ceil(PASSES * time / passes / 60)}m would hold {PASSES}")  # fmt: skip
 
 
 def _rehearse(choose: Chooser, facts: Facts, batch: int, imgsz: int) -> Decision[bool]:
