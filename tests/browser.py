@@ -192,9 +192,8 @@ def check_page(page: Path, profile: Path) -> int:
                 "Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=False
             )
             browser.open(page.as_uri())
-            assert browser.run("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0, (
-                width
-            )
+            over = browser.run("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+            assert over == 0, width
         assert browser.run("[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.alt)") == []
         assert browser.errors == []
         assert [a for a in browser.requests if not a.startswith(("file://", "data:", "blob:"))] == []

@@ -96,6 +96,7 @@ def test_a_time_sets_the_size_of_the_input_and_leaves_out_a_rehearsal_that_would
     short = plan(slow, time=120.0)
     assert short.imgsz.value == 320 and "1.3 passes" in short.imgsz.reason and "5.1 at 320" in short.imgsz.reason
     assert not short.rehearse.value and "36 of the 120 s" in short.rehearse.reason
+    assert short.imgsz.source == short.rehearse.source == "measured" and plan(made).imgsz.source == "rule"
     assert (
         plan(slow, time=120.0, imgsz=640, rehearse=True).imgsz.value == 640
         and plan(slow, time=120.0, rehearse=True).rehearse.value

@@ -204,5 +204,5 @@ def test_a_time_that_holds_too_little_is_told_before_training():
 
     assert "about 0 steps, where one pass over its samples takes 11" in told(
         120.0
-    ) and "time=15m would hold 10" in told(120.0)
+    ) and "time=22m would hold 15" in told(120.0)
     assert "about 6 steps" in told(160.9) and told(900.0) == "" == told(120.0, step=5) == told(120.0, paces=())

@@ -24,7 +24,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 SCENES, SCENE_SIDE = 400, 128
 ZOOM = (3, 4)  # times the 8 pixels of a digit
-LEAST_DIGITS, MOST_DIGITS = 5, 10  # of a scene
+LEAST_DIGITS, MOST_DIGITS = 5, 10  # of a scene: the cost of a step hardly depends on them, what it teaches does
 TRIES = 8  # to find room for a digit
 INK = 0.35  # of full ink, from which a pixel belongs to its digit
 _SCENE = stream("demo scene")
@@ -86,7 +86,7 @@ def write_digits(folder: Path) -> None:
 
 
 def write_scenes(folder: Path, *, masks: bool, num: int = SCENES) -> None:
-    """Write scenes of 128 × 128 pixels with five to ten digits each, as far as there is room,, and `annotations.json` in COCO's form, if it is not there.
+    """Write scenes of 128 × 128 pixels with five to ten digits each, as far as there is room, and `annotations.json` in COCO's form, if it is not there.
 
     Args:
         masks: With the digits' pixels as run lengths, beside their boxes.
@@ -122,7 +122,7 @@ def write_scenes(folder: Path, *, masks: bool, num: int = SCENES) -> None:
 
 
 def _scene(digits: Digits, number: int) -> tuple[npt.NDArray[np.uint8], list[tuple[int, npt.NDArray[np.bool_]]]]:
-    """The pixels of a scene, and each digit in it with its mask; digits do not touch. Many digits a scene: what a step costs depends little on them, and what it teaches does."""
+    """The pixels of a scene, and each digit in it with its mask; digits do not touch."""
     from PIL import Image
 
     draw = np.random.default_rng(derive_seed(_SCENE, number))

@@ -10,6 +10,7 @@ from typing import Any
 from goodfit.api.assemble import FitParts
 from goodfit.api.folder import Run
 from goodfit.api.prepare import stage
+from goodfit.config.durations import PASSES
 from goodfit.config.plan import Plan
 from goodfit.config.sizes import InputSizes
 from goodfit.core.errors import OutOfMemory
@@ -24,7 +25,6 @@ from goodfit.outcome.utilisation import Verdict, utilisation
 from goodfit.planning.pace import Pace, measure_pace
 from goodfit.planning.projection import Projection, check_disk, describe_seconds, measure_outcome, project
 
-PASSES = 10  # over the training samples that a time is proposed for
 FINISH_SECONDS = 12.0  # of a run's time, for bundle, report and the start of the program
 
 
@@ -108,19 +108,24 @@ def time_budget(run: Run, parts: FitParts, began: float) -> TimeBudget | None:
     seconds = parts.plan.time.value
     if not seconds:
         return None
-    paces = [e["pace"] for e in run.events if e["event"] == "stage" and e.get("pace")]
-    image, save = (float(paces[-1][name]) if paces else 0.0 for name in ("validation", "save"))
+    pace = _measured_pace(run)
+    image, save = (float(pace.get(name, 0.0)) for name in ("validation", "save"))
     reserve = min(FINISH_SECONDS + 2 * save + image * parts.num_served, 0.5 * seconds)
     return TimeBudget(seconds=seconds, used=parts.state.progress.seconds, reserve=reserve,
                       rest_seconds=image * len(parts.val.rows), began=began)  # fmt: skip
 
 
+def _measured_pace(run: Run) -> dict[str, Any]:
+    """The run's pace as its events have it, the last; empty where none was measured."""
+    return next((e["pace"] for e in reversed(run.events) if e["event"] == "stage" and e.get("pace")), {})
+
+
 def too_little_time(run: Run, parts: FitParts, budget: TimeBudget) -> str:
     """What to say where a time leaves training less than two passes over its samples; "" otherwise, or where the pace is unknown."""
-    paces = [e["pace"] for e in run.events if e["event"] == "stage" and e.get("pace")]
-    if not paces or parts.state.progress.step:
+    pace = _measured_pace(run)
+    if not pace or parts.state.progress.step:
         return ""
-    step, epoch = float(paces[-1]["step"] + paces[-1]["data"]), parts.train.steps_per_epoch
+    step, epoch = float(pace["step"] + pace["data"]), parts.train.steps_per_epoch
     steps = max(0, int((budget.left() - budget.rest_seconds) / step))
     if steps >= 2 * epoch:
         return ""

@@ -10,11 +10,12 @@ from typing import Any
 
 from goodfit.config.chooser import Chooser
 from goodfit.config.detector import split_model
+from goodfit.config.durations import PASSES
 from goodfit.config.execution import MIN_STEPS_PER_EPOCH, choose_execution, told_if_slow
 from goodfit.config.facts import DataFacts, Facts, FirstStep, MachineFacts, ModelFacts
 from goodfit.config.measured import best_batch, explain_batch
 from goodfit.config.monitor import check_monitor
-from goodfit.config.plan import Decision, Plan
+from goodfit.config.plan import Decision, Plan, Source
 from goodfit.config.recipe import choose_recipe
 from goodfit.config.request import TrainRequest
 from goodfit.config.sizes import InputSizes, choose_sizes
@@ -30,7 +31,6 @@ BATCH = {"cpu": 8, "cuda": 16}
 MASK_BATCH = 4  # on a processor: dense masks of every object take memory
 CLOSE = 0.1
 MOST = 100  # objects of a picture, as COCO counts them
-PASSES = 15  # over the training pictures that a time should hold: for fewer the input is smaller
 FEW_PASSES = 5  # below which a person is told that little will be learned
 STEPS_SHARE = 0.5  # of a time that is the steps'; the rest goes to audit, plan, rehearsal, validation, test and bundle
 REHEARSAL_STEPS = 36  # that a rehearsal takes at least, about ...
@@ -192,15 +192,16 @@ def _image_size(choose: Chooser, facts: Facts, step: int) -> Decision[int]:
     reason = (f"the smaller objects take {100 * data.object_side:.1f} % of a picture's longer side, {size * data.object_side:.0f} pixels of the "
               f"input; pictures of {data.median_side} px")  # fmt: skip
     first, time = facts.first_step, choose.request.time
+    source: Source = "rule"
     if first is not None and time and size > low:
         passes = passes_in(time, first, size, data)
         smaller = max(low, step * math.ceil(size * min(1.0, passes / PASSES) ** 0.5 / step))
         if smaller < size:
             reason = f"{time:.0f} s hold about {passes:.2g} passes over the training pictures at {size} pixels, {passes * (size / smaller) ** 2:.2g} at {smaller}"  # fmt: skip
-            size = smaller
+            size, source = smaller, "measured"
     if facts.model.bundle_imgsz:
-        size, reason = facts.model.bundle_imgsz, "as the bundle was trained"
-    decision = choose("imgsz", size, reason)
+        size, reason, source = facts.model.bundle_imgsz, "as the bundle was trained", "rule"
+    decision = choose("imgsz", size, reason, source)
     rounded = max(step, round(decision.value / step) * step)
     if rounded == decision.value:
         return decision
@@ -228,7 +229,7 @@ def _rehearse(choose: Chooser, facts: Facts, batch: int, imgsz: int) -> Decision
     first, time = facts.first_step, choose.request.time
     takes = 0.0 if first is None else REHEARSAL_STEPS * batch * first.at(imgsz)
     if time and takes > REHEARSAL_SHARE * time:
-        return choose("rehearse", False, f"it would take about {takes:.0f} of the {time:.0f} s")
+        return choose("rehearse", False, f"it would take about {takes:.0f} of the {time:.0f} s", "measured")
     return choose("rehearse", True, "a minute now against a night lost")
 
 

@@ -25,9 +25,7 @@ LEAST_SIDE = (
 )
 CROWDED = 50  # ... with as many objects at most: of more, some lie upon each other, and a hundred are reported
 STEPS = 80
-RATE = (
-    0.15  # of Adam: a score of a new network needs a way of 8, the side of the largest object of a level one of 8 ...
-)
+RATE = 0.15  # of Adam: scores of a new network need a way of 8, the side of the largest object of a level too ...
 THIN = 24  # ... and of one so many times as long as wide, which finer levels answer for, one of 16; longer ones are not asked
 START = 0.1  # added to the outputs: a box without extent, as new networks have many, has no gradient
 FOUND = 0.5  # AP50 that the followed loss must reach: places that no level answers for, and objects upon each other, are lost
@@ -50,10 +48,10 @@ def check_found(model: nn.Module, context: StepContext, few: Any, num: int) -> C
     family, shape = task.family, shape_of(few["image"])
     there = few["classes"] >= 0
     counts = there.sum(dim=1).tolist()
-    sides = (few["boxes"][..., 2:] - few["boxes"][..., :2]).amin(dim=2)
-    long = (few["boxes"][..., 2:] - few["boxes"][..., :2]).amax(dim=2)
-    tiny = (there & ((sides < LEAST_SIDE) | (long > THIN * sides))).any(dim=1).tolist()
-    rows = [k for k in sorted(range(num), key=counts.__getitem__) if 0 < counts[k] <= CROWDED and not tiny[k]][:MOST]
+    sides = few["boxes"][..., 2:] - few["boxes"][..., :2]
+    short, long = sides.amin(dim=2), sides.amax(dim=2)
+    odd = (there & ((short < LEAST_SIDE) | (long > THIN * short))).any(dim=1).tolist()
+    rows = [k for k in sorted(range(num), key=counts.__getitem__) if 0 < counts[k] <= CROWDED and not odd[k]][:MOST]
     if not rows:
         return Check(
             NAME,

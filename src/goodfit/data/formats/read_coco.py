@@ -65,9 +65,8 @@ def read(data: Path, how: How) -> Reading:
         reader.read_annotations(file)
     objects = reader.samples.objects
     masks = sum(k != NO_MASK for k in objects.kinds)
-    sound = (
-        sum(objects.kept) if 2 * masks > len(objects) else len(objects)
-    )  # some damaged masks are no reason to leave masks
+    # Some damaged masks are no reason to leave masks.
+    sound = sum(objects.kept) if 2 * masks > len(objects) else len(objects)
     with_masks, some = wants_masks(how, masks, sound, str(data))
     listed = ", ".join(f"{reader.samples.name(f.path)}{f' ({SPLITS[f.split]})' if f.split >= 0 else ''}" for f in files)
     what = "boxes and masks" if with_masks else "boxes"
@@ -304,9 +303,8 @@ class _Reader:
         mask_kind, mask, kept = NO_MASK, b"", True
         box = entry.get("bbox")
         edges = _edges(box)
-        is_missing = not box or (
-            edges is not None and edges[:2] == edges[2:]
-        )  # some tools write [] or zeros beside a mask
+        # Some tools write [] or zeros beside a mask.
+        is_missing = not box or (edges is not None and edges[:2] == edges[2:])
         try:
             if self.how.task != "detect" or is_missing:  # else masks cost most of the time
                 mask_kind, mask = _mask(entry.get("segmentation"))

@@ -134,13 +134,10 @@ class Fcos(OneStage):
         furthest = distances.amax(2)
         low = torch.where(levels > 0, strides * FAR / 2, torch.zeros_like(strides))
         high = torch.where(levels < len(self.strides) - 1, strides * FAR, torch.full_like(strides, torch.inf))
-        near &= (distances.amin(2) > 0) & (classes >= 0)[None]
-        near &= furthest > low[:, None]
+        near &= (distances.amin(2) > 0) & (furthest > low[:, None]) & (classes >= 0)[None]
         chosen = near & (furthest < high[:, None])
         if self.thin:
-            coarsest = torch.where(near, levels[:, None], -1).amax(
-                0
-            )  # no coarser than its own, with a place in each object
+            coarsest = torch.where(near, levels[:, None], -1).amax(0)  # each object's, of those up to its own
             chosen |= near & ~chosen.any(0) & (levels[:, None] == coarsest)
         areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
         worth = chosen * (1e8 - areas[None])
