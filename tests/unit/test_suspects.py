@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 
 from goodfit.core.errors import DataError
 from goodfit.data.checks.logistic import SparseRows, fit_logistic, make_folds, predict_shares, reduce_features
-from goodfit.data.checks.shift import class_shift, feature_shift, find_shift, picture_statistics
+from goodfit.data.checks.shift import class_shift, find_shift, picture_statistics
 from goodfit.data.checks.shortcut import find_shortcuts
 from goodfit.data.checks.suspects import find_suspects, plain_features, text_features
 from pictures import draw, folder_hash
@@ -328,7 +328,6 @@ def statistics(pictures: list[Image.Image]) -> dict[str, npt.NDArray[np.float64]
 
 def test_halves_of_one_set_do_not_shift() -> None:
     columns = statistics(pictures_of(400, 11))
-    features = np.stack(list(columns.values()), axis=1)
     targets = np.random.default_rng(11).integers(0, 5, 400)
     alarms = 0
     for seed in range(200):
@@ -336,7 +335,6 @@ def test_halves_of_one_set_do_not_shift() -> None:
         a, b = order[:250], order[250:]
         alarms += len(find_shift({n: c[a] for n, c in columns.items()}, {n: c[b] for n, c in columns.items()}))
         if seed % 10 == 0:
-            alarms += feature_shift(features[a], features[b], seed=seed).found
             counts = (np.bincount(targets[rows], minlength=5) for rows in (a, b))
             alarms += class_shift(*counts, seed=seed).found
     assert alarms == 0
@@ -356,8 +354,6 @@ def test_changed_pictures_shift(name: str, change: object) -> None:
     after = [change(p) for p in pictures_of(200, 13)]  # type: ignore[operator]
     found = {s.name: s for s in find_shift(statistics(before), statistics(after))}
     assert name in found and found[name].distance > 0.3 and found[name].p < 1e-3
-    plain = [np.stack([plain_features(np.asarray(p)) for p in pictures]) for pictures in (before, after)]
-    assert feature_shift(*plain).found
 
 
 def test_largest_gap_is_that_of_the_definition() -> None:
@@ -384,20 +380,6 @@ def test_trifles_of_large_sets_are_no_shift() -> None:
     a, b = random.normal(0, 1, 200_000), random.normal(0.05, 1, 200_000)
     assert find_shift({"x": a}, {"x": b}) == []
 
-
-def test_feature_shift_names_the_strangers() -> None:
-    random = np.random.default_rng(16)
-    a, b = random.normal(size=(300, 6)), random.normal(size=(200, 6))
-    b[:60, 2] += 6
-    made = feature_shift(a, b)
-    assert made.found and made.auc > made.low > 0.5
-    assert np.isin(made.unlike[:50], np.arange(60)).mean() > 0.9
-    assert not feature_shift(a[:5], b[:5]).found
-    with pytest.raises(DataError, match="6 and 5 features"):
-        feature_shift(a, b[:, :5])
-    lines = [f"old words here {i}" for i in range(60)] + [f"new phrases there {i}" for i in range(60)]
-    texts = text_features(lines)
-    assert feature_shift(texts[np.arange(60)], texts[np.arange(60, 120)]).found
 
 
 def test_class_shift() -> None:

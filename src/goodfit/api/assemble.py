@@ -17,6 +17,7 @@ import torch
 from goodfit.config.monitor import read_monitor
 from goodfit.config.plan import EARLIER, Plan
 from goodfit.config.sizes import InputSizes
+from goodfit.config.time_rules import FORWARD, is_worth
 from goodfit.core.errors import TrainingError
 from goodfit.core.machine import keep_freed_memory
 from goodfit.data.augment import PRESETS
@@ -44,6 +45,8 @@ from goodfit.tasks.classify import ClassifyTask
 EVAL_BATCH = 64
 KEEP_BYTES = 512_000_000  # of validation images kept as the serving path made them
 NUM_FEW = 8
+PROBE_SAMPLES = 10_000  # of training, and of validation, that the linear probe looks at, at most
+TRAIN_SAMPLES = 1000  # training images that the finished model is measured on, at most
 # Decisions that change no result, or only how long is trained, which a checkpoint's own schedule says and `extend` changes.
 NOT_COMPUTED = ("epochs", "most_epochs", "time", "progressive", "workers", "cache", "prefetch", "allocator", "latency",
                 "latency_threads")  # fmt: skip
@@ -69,6 +72,11 @@ class FitParts:
     def cache_bytes(self) -> int:
         """Bytes of decoded samples that are kept."""
         return 0
+
+    @property
+    def finish_seconds(self) -> float:
+        """What bundle, report and the start of the program take, about."""
+        return 12.0
 
     @property
     def num_served(self) -> int:
@@ -130,8 +138,21 @@ class Parts(ImageParts):
 
     @property
     def num_served(self) -> int:
-        """The probe looks at all samples, and the test at its own, as does the gap to training at some."""
-        return len(self.train.rows) + len(self.index.rows("val")) + 2 * len(self.index.rows("test"))
+        """The test looks at its own, the gap to training at some, and the probe, where there is time for it, at many."""
+        return len(self.index.rows("test")) + min(TRAIN_SAMPLES, len(self.train.rows)) + (self.num_probed if self.probes(0.0) else 0)
+
+    @property
+    def num_probed(self) -> int:
+        """How many samples the linear probe looks at."""
+        return min(PROBE_SAMPLES, len(self.train.rows)) + min(PROBE_SAMPLES, len(self.index.rows("val"))) + len(self.index.rows("test"))
+
+    def probes(self, image_seconds: float) -> bool:
+        """Whether the time of the run, if it has one, has room for the linear probe.
+
+        Args:
+            image_seconds: What looking at a sample took, where that is known; a third of a step's share of it at least.
+        """
+        return is_worth(self.num_probed * max(image_seconds, self.plan.sample_seconds / FORWARD), self.plan.time.value)
 
     def eval_loader(self, rows: npt.NDArray[np.int64]) -> EvalLoader:
         """Any rows through the serving path, from their files."""

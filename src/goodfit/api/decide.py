@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from goodfit.api.assemble import assemble
 from goodfit.api.batch_study import check_request, study_batches
 from goodfit.api.detect_decide import decide_detector
 from goodfit.api.find_lr import find_lr
@@ -14,17 +15,19 @@ from goodfit.api.transfer import check_freezing, count_known
 from goodfit.config.catalogue import pictures_of
 from goodfit.config.detect import TASKS
 from goodfit.config.execution import unwise
-from goodfit.config.facts import Facts
+from goodfit.config.facts import Facts, FirstStep
 from goodfit.config.measured import Measured
 from goodfit.config.plan import Plan
 from goodfit.config.request import TrainRequest
 from goodfit.config.resolve import resolve, resolve_model
+from goodfit.config.time_rules import few_passes
 from goodfit.core.errors import RequestError
 from goodfit.core.journal import Journal
 from goodfit.data.index import DatasetIndex
 from goodfit.data.split import subset
 from goodfit.engine.device import find_machine
 from goodfit.models.catalog import look_up
+from goodfit.planning.inprocess import step_seconds_here
 
 
 def decide(
@@ -57,8 +60,9 @@ def decide(
             journal.emit("measured", table=plan.measured.table(), **plan.measured.to_dict())
         for name, decision in plan.decisions().items():
             journal.emit("decision", name=name, value=decision.value, reason=decision.reason, source=decision.source)
-        for text in unwise(plan):
-            journal.emit("warning", text=text)
+        for text in [*unwise(plan), few_passes(plan, facts)]:
+            if text:
+                journal.emit("warning", text=text)
         licence = plan.weights.reason if plan.weights.value else "no pretrained weights"
         note.text = f"{facts.model.num_parameters / 1e6:.1f} M parameters; {licence}; on {facts.machine.device_name}"
     return plan
@@ -87,10 +91,21 @@ def _facts(request: TrainRequest, audited: Audited, base: Plan | None, *, measur
     return replace(facts, fitted=fitted)
 
 
+def _timed(facts: Facts, plan: Plan, index: DatasetIndex) -> Facts:
+    """The facts with what a step takes, so that a time is not spent on what prepares for it."""
+    parts = assemble(plan.changed(compile="off", cache="off", workers=0), index)
+    group = parts.train.group(0, 0, plan.accumulate.value)
+    seconds = step_seconds_here(parts.state.model, parts.context, parts.optimizer_for, group, ema=plan.ema.value)
+    return replace(facts, first_step=FirstStep(plan.imgsz.value, seconds / plan.batch.value)) if seconds else facts
+
+
 def _measured(request: TrainRequest, facts: Facts, index: DatasetIndex, base: Plan | None, journal: Journal) -> Facts:
     """The facts with what was measured, each on the plan that follows from what was measured before."""
     plan = resolve(request, facts, base)
     untimed = request.measure is False or plan.deterministic.value  # a study then takes rules
+    if request.time and base is None and not untimed:
+        facts = _timed(facts, plan, index)
+        plan = resolve(request, facts, base)
     if wants_measuring(request, plan, facts.data.num_train, base) or (request.batch_study and not untimed):
         rows = subset(index, plan.fraction.value, plan.split_seed.value)
         facts = replace(facts, measured=measure(request, plan, index, rows, facts.machine))

@@ -17,7 +17,6 @@ from goodfit.config.detect import (
     NEUTRAL,
     STEP,
     detector_batches,
-    few_passes,
     resolve_detect,
     usual_detector_batch,
 )
@@ -28,6 +27,7 @@ from goodfit.config.measured import MEMORY_SHARE, BatchCost, Measured, best_exec
 from goodfit.config.plan import Decision, Plan
 from goodfit.config.request import TrainRequest
 from goodfit.config.resolve import data_decisions
+from goodfit.config.time_rules import few_passes, is_worth
 from goodfit.core.errors import GoodfitError, RequestError
 from goodfit.core.journal import Journal
 from goodfit.data.loader import MicroBatch
@@ -41,7 +41,7 @@ from goodfit.planning.inprocess import measure_batches_here, measure_ways_here, 
 
 MEASURE_PAYS = 120.0  # projected seconds of a run from which ways to execute the step are compared ...
 MEASURE_SECONDS = 8.0  # ... for about as long, each for some steps at least ...
-WAY_STEPS, MEASURE_SHARE = 8, 0.1  # ... which must be no larger a share of the run
+WAY_STEPS = 8  # ... which must be no large share of the run
 BATCHES_PAY = 1800.0  # projected seconds from which batch sizes are timed too
 
 
@@ -241,7 +241,7 @@ def _measured(
     del parts, group  # before others take their memory
     ways = ways_to_execute(plan, facts.machine)
     takes = max(MEASURE_SECONDS, WAY_STEPS * len(ways) * first)
-    if not (request.measure or request.memory) and (run < MEASURE_PAYS or takes > MEASURE_SHARE * run):
+    if not (request.measure or request.memory) and (run < MEASURE_PAYS or not is_worth(takes, run)):
         return facts, plan
     facts = _compared(request, facts, plan, audited, ways, run)
     return facts, resolve_detect(request, facts, decided, None)

@@ -39,6 +39,7 @@ from goodfit.outcome.baselines import constant_objects
 from goodfit.outcome.bundle import DETECT_SCRIPT, TORCH_SCRIPT, Exporter, library_versions, write_bundle
 from goodfit.outcome.detection_plots import most_mistakes, plot_confidence, plot_found, plot_mistakes, plot_scenes
 from goodfit.outcome.detector_export import Unsteady, check_detector_parity, export_detector
+from goodfit.outcome.export import NotExportable
 from goodfit.outcome.ledger import count_look
 from goodfit.outcome.plots import plot_confusion, plot_results
 from goodfit.outcome.report import write_report
@@ -234,7 +235,7 @@ def bundle_stage(run: Run, parts: DetectParts, journal: Journal, test: dict[str,
         note.text = ""
         try:
             made = write(card={**card, **needs_of(parts.task.family)}, exporter=exporter_of(parts.task.family))
-        except Unsteady as error:
+        except (Unsteady, NotExportable) as error:  # after hours of training: torch can serve what ONNX Runtime cannot
             note.text = f"served by torch: {error.message} "
             made = write(card={**card, **BY_TORCH}, exporter=_TORCH)
         parity = made["parity"]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import load_file
 
-from goodfit.api.assemble import FitParts, ImageParts, Parts
+from goodfit.api.assemble import PROBE_SAMPLES, TRAIN_SAMPLES, FitParts, ImageParts, Parts
 from goodfit.api.detect_parts import DetectParts
 from goodfit.api.folder import AUDIT, PLAN, Run, load_request
 from goodfit.api.latency import typical_files
@@ -20,7 +20,7 @@ from goodfit.api.prepare import stage
 from goodfit.api.verdict import compare_projection, judge_time
 from goodfit.config.plan import Plan
 from goodfit.core.errors import DataError
-from goodfit.core.history import epochs_of, stage_found, stage_seconds, training_rate
+from goodfit.core.history import epochs_of, stage_found, stage_seconds, training_rate, validation_seconds
 from goodfit.core.journal import Journal
 from goodfit.core.random import permutation, stream
 from goodfit.core.safeio import read_json, write_json
@@ -47,8 +47,6 @@ _PROBED = stream("probed")
 NUM_PICTURES = 16
 LR_RANGE = "lr_range.png"
 LR = "lr.png"
-PROBE_SAMPLES = 10_000  # of training, and of validation, that the linear probe looks at, at most
-TRAIN_SAMPLES = 1000  # training images that the finished model is measured on, at most
 
 
 def load_best(parts: ImageParts, checkpoints: Checkpoints) -> None:
@@ -136,7 +134,7 @@ def final_test(run: Run, parts: Parts, journal: Journal) -> dict[str, Any]:
         meter = evaluate(model, parts.eval_loader(rows), task=parts.task, transform=parts.context.transform,
                          device=precise, ranks=parts.context.ranks)  # fmt: skip
         assert isinstance(meter, ClassificationMeter)
-        probe, what = _probe_if_it_fits(parts, rows, precise)
+        probe, what = _probe_if_it_fits(run, parts, rows, precise)
         index = parts.index
         result = final_result(meter, class_names=index.class_names, look=look, probe=probe, probe_reason=what,
                               majority=majority_class(index.targets[index.rows("train")]),
@@ -161,9 +159,11 @@ def describe_test(result: dict[str, Any]) -> str:
 
 
 def _probe_if_it_fits(
-    parts: Parts, test_rows: npt.NDArray[np.int64], device: DevicePolicy
+    run: Run, parts: Parts, test_rows: npt.NDArray[np.int64], device: DevicePolicy
 ) -> tuple[ProbeResult | None, str]:
-    """The probe, or why there is none: a comparison must not cost the test that it stands beside."""
+    """The probe, or why there is none: a comparison must cost neither the test that it stands beside nor much of a time."""
+    if not parts.probes(validation_seconds(run.events) / len(parts.val.rows)):
+        return None, "left out: it would have taken a large part of the time that the run was given"
     try:
         return _probe(parts, test_rows, device)
     except (RuntimeError, MemoryError) as error:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from goodfit.api.prepare import Audited, stage
 from goodfit.config.plan import Plan
 from goodfit.config.request import TrainRequest
+from goodfit.config.time_rules import FORWARD, is_worth
 from goodfit.core.journal import Journal
 from goodfit.core.machine import num_cores
 from goodfit.data.checks.findings import Finding
@@ -49,6 +50,9 @@ def suspect_stage(request: TrainRequest, audited: Audited, journal: Journal, pla
         if asked is None and len(rows) > MAX_SUSPECT_ROWS:
             note.text = f"not searched for wrong ones among {len(rows):,} samples; suspects=true does"
             return audited, []
+        if asked is None and plan is not None and not is_worth(_search_seconds(audited, plan, len(rows)), plan.time.value):
+            note.text = "not searched for wrong ones, which would take a large part of the time; suspects=true does"
+            return audited, []
         features, what = _features(audited, rows, plan)
         found = find_suspects(features, index.targets[rows], len(index.class_names), groups=index.groups[rows], seed=0)
         confirmed = np.array([shown_path(index.name(row)) in audited.kept_labels for row in rows.tolist()])
@@ -67,6 +71,12 @@ def suspect_stage(request: TrainRequest, audited: Audited, journal: Journal, pla
                           "mark them on audit.html, then labels=fixes.csv")  # fmt: skip
         journal.emit("finding", **finding.to_dict())
     return audited.with_findings([finding]), table
+
+
+def _search_seconds(audited: Audited, plan: Plan, num: int) -> float:
+    """What it takes to look for wrong labels among so many samples, about: each is decoded twice, and goes through the network once."""
+    decoding = 0.0 if audited.audit.scan is None else audited.audit.scan.seconds / num_cores()
+    return num * (2 * decoding + plan.sample_seconds / FORWARD)
 
 
 def _table(

@@ -12,9 +12,11 @@ from goodfit.api.detect_parts import assemble_detector
 from goodfit.api.detect_rehearse import rehearse_detector
 from goodfit.api.folder import Run
 from goodfit.api.rehearse import rehearsal_stage
+from goodfit.api.verdict import over_time
 from goodfit.config.plan import Plan
 from goodfit.core.journal import Journal
 from goodfit.core.safeio import read_json
+from goodfit.engine.budget import TimeBudget
 from goodfit.engine.checkpoint import Checkpoints
 
 
@@ -56,8 +58,12 @@ def kind_of(plan: Plan) -> Kind:
     return KINDS[plan.task.value]
 
 
-def finish_run(run: Run, parts: Any, checkpoints: Checkpoints, journal: Journal) -> Run:
-    """From trained weights to a finished run: test, bundle, report. What is done is not done again."""
+def finish_run(run: Run, parts: Any, checkpoints: Checkpoints, journal: Journal, budget: TimeBudget | None) -> Run:
+    """From trained weights to a finished run: test, bundle, report. What is done is not done again.
+
+    Args:
+        budget: Of a run that was given a time.
+    """
     kind = kind_of(parts.plan)
     finish.load_best(parts, checkpoints)
     kind.after(run, parts, journal)
@@ -66,5 +72,7 @@ def finish_run(run: Run, parts: Any, checkpoints: Checkpoints, journal: Journal)
     bundle = kind.bundle(run, parts, journal, test)
     kind.report(run, parts, journal, test, bundle)
     kind.write_result(run, parts, checkpoints, test)
+    if text := over_time(budget):
+        journal.emit("warning", text=text)
     journal.emit("done", path=str(run.path))
     return run

@@ -84,6 +84,11 @@ class ModuleParts(FitParts):
         """Of the plan and of the splits."""
         return run_hashes(self.plan, self.data_sha256)
 
+    @property
+    def num_served(self) -> int:
+        """The test looks at its own."""
+        return len(self.splits.test) if self.splits.test is not None else 0
+
     def optimizer_for(self, model: nn.Module) -> torch.optim.Optimizer:
         """The plan's optimizer for a model of this kind."""
         return module_optimizer(model, self.plan)

@@ -123,7 +123,7 @@ def read_and_audit(request: TrainRequest, journal: Journal, base: Plan | None = 
                      f"{reading.note}, {how}{fixed}")  # fmt: skip
     with stage(journal, "audit") as note:
         with progress_of(journal, "audit") as progress:
-            audit = audit_dataset(reading, max_bad=decided.max_bad.value, progress=progress)
+            audit = audit_dataset(reading, max_bad=decided.max_bad.value, progress=progress, twins=request.twins or "group")
         index = split_dataset(audit.index, shares=decided.split.value, split_seed=decided.split_seed.value, given=given)
         absent = check_splits(index)
         audit = replace(audit, findings=merged([*audit.findings, *_absent(absent), *_compare(request, audit)]))
@@ -165,10 +165,15 @@ def _refuse_without_objects(audit: Audit, index: DatasetIndex) -> None:
     """
     if index.objects is None or class_counts(index, index.rows("train")).sum():
         return
+    objects = index.objects
+    train = np.isin(objects.rows, index.rows("train"))
+    crowd = int((train & objects.kept & objects.crowd).sum())
     bad = [f for f in audit.findings if f.kind in ("bad_box", "bad_mask")]
-    why = f": {bad[0].count:,} were dropped, the first is {bad[0].items[0]}" if bad else ""
-    raise DataError(f"No picture of the training split has an object that can be learned{why}", where=str(index.root), kept="no file was changed",
-                    next="mend the annotations; the findings above say what was dropped")  # fmt: skip
+    reasons = [f"{crowd:,} are marked as crowds or as difficult"] if crowd else []
+    reasons += [f"of all splits {bad[0].count:,} were dropped or clipped, the first is {bad[0].items[0]}"] if bad else []
+    raise DataError(f"No picture of the training split has an object that can be learned: {'; '.join(reasons) or 'there is none'}", where=str(index.root),
+                    kept="no file was changed", next="crowds=learn, where they are objects like others" if crowd else
+                    "mend the annotations; the findings above say what was dropped")  # fmt: skip
 
 
 def _compare(request: TrainRequest, audit: Audit) -> list[Finding]:

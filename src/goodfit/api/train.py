@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,15 +35,16 @@ from goodfit.config.parse import read_request
 from goodfit.config.plan import Decision, Plan
 from goodfit.config.request import TrainRequest, options
 from goodfit.core.errors import DataError, GoodfitError, RequestError, Stopped, StorageError
-from goodfit.core.journal import Journal, read_lines
+from goodfit.core.journal import Event, Journal, read_events, read_lines
 from goodfit.core.lock import run_lock
-from goodfit.core.safeio import read_json, write_bytes, write_json, write_text
+from goodfit.core.safeio import read_json, remove_temporaries, write_bytes, write_json, write_text
 from goodfit.data.index import read_split, write_split
 from goodfit.data.objects_file import with_objects, write_objects
-from goodfit.engine.checkpoint import Checkpoints, restore, versions
+from goodfit.engine.checkpoint import Checkpoints, has_finished, restore, versions
 from goodfit.engine.device import find_machine
 from goodfit.engine.loop import fit
 from goodfit.engine.policy import FitSettings
+from goodfit.engine.state import Progress
 from goodfit.engine.stop import StopFlag
 from goodfit.planning.rehearsal import RehearsalError
 from goodfit.watch.metrics_file import MetricsFile
@@ -93,7 +95,7 @@ def train(data: str | Path | None = None, **asked: Any) -> Run:
             with training(Run(folder), parts, journal, began) as (settings, checkpoints, stop):
                 fit(parts.state, parts.context, parts.train, parts.val, settings=settings,
                     checkpoints=checkpoints, journal=journal, stop=stop)  # fmt: skip
-            return finish_run(Run(folder), parts, checkpoints, journal)
+            return finish_run(Run(folder), parts, checkpoints, journal, settings.time)
 
 
 @contextmanager
@@ -106,6 +108,7 @@ def training(
     Args:
         began: When this process began with the run, by time.monotonic.
     """
+    remove_temporaries(run.path)  # of a pace or a bundle that a kill left half-made
     checkpoints = Checkpoints(run.path / "checkpoints", parts.hashes)
     continue_from(parts, checkpoints, journal, run.path / "events.jsonl")
     journal.listen(MetricsFile(run.path))
@@ -141,6 +144,8 @@ def continue_from(parts: FitParts, checkpoints: Checkpoints, journal: Journal, e
     progress = parts.state.progress
     journal.segment, journal.step = progress.segment, progress.step
     journal.emit("run", resumed_from={"segment": progress.segment, "step": progress.step})
+    for text in _forget_damaged(progress, checkpoints, _place_of(progress, read_events(events), parts.settings)):
+        journal.emit("stage", name="resume", text=text)
     gone = f"; removed an incomplete attempt: {', '.join(checkpoints.removed)}" if checkpoints.removed else ""
     now = versions()
     other = [f"{name} {was}, now {now[name]}" for name, was in snapshot.versions.items() if now.get(name, was) != was]
@@ -148,6 +153,35 @@ def continue_from(parts: FitParts, checkpoints: Checkpoints, journal: Journal, e
         f"; not bit for bit as it would have been, as the state was written with {'; '.join(other)}" if other else ""
     )
     journal.emit("stage", name="resume", text=f"from step {progress.step}, epoch {progress.epoch + 1}{gone}{differs}")
+
+
+def _forget_damaged(progress: Progress, checkpoints: Checkpoints, newest: dict[str, Any] | None) -> list[str]:
+    """Put the newest state in the place of a best state, or of one to cool down from, that is damaged on disk: the run could never be
+    finished with it. Where the newest was not validated, there is none until the next validation. Returns what to say of it."""
+    said = []
+    for name, what in (("best", "the best state"), ("reference", "the state to cool down from")):
+        place = getattr(progress, name)
+        if place is None:
+            continue
+        try:
+            checkpoints.load_state(place)
+        except StorageError as error:
+            setattr(progress, name, newest)
+            instead = "the newest takes its place" if newest else "the next validation finds another"
+            said.append(f"{what}, of step {place['step']}, is damaged ({error.message}): {instead}")
+    if progress.best is None:
+        progress.finished = False  # with no step left: it is validated once more
+    return said
+
+
+def _place_of(progress: Progress, events: Sequence[Event], settings: FitSettings) -> dict[str, Any] | None:
+    """The state at this progress with the figures of its validation, as `best` has them; None where it was not validated."""
+    for event in reversed(events):
+        if event["event"] == "epoch" and (event["segment"], event["step"]) == (progress.segment, progress.step) and not progress.position:
+            val = {name: float(figure) for name, figure in event["val"].items()}
+            return {"segment": progress.segment, "step": progress.step, "epoch": event["epoch"], "value": val[settings.monitor],
+                    "loss": val["loss"], "metrics": {name: figure for name, figure in val.items() if math.isfinite(figure)}}  # fmt: skip
+    return None
 
 
 def resume(run: str | Path, *, workers: int | None = None, latency: str | float | None = None) -> Run:
@@ -176,14 +210,15 @@ def resume(run: str | Path, *, workers: int | None = None, latency: str | float 
             parts = replace(parts, plan=replace(parts.plan, latency=decision))
         disk_stage(opened.path, parts, resumed=True)
         with execution(parts.plan):
-            cache_stage(parts, journal)
+            if not has_finished(opened.path / "checkpoints"):  # nothing after training reads it
+                cache_stage(parts, journal)
             rehearsed = any(e["event"] == "stage" and e["name"] == "rehearse" for e in opened.events)
             if parts.plan.rehearse.value and not rehearsed:
                 kind_of(parts.plan).rehearse(parts, journal, opened.path)
             with training(opened, parts, journal, began) as (settings, checkpoints, stop):
                 fit(parts.state, parts.context, parts.train, parts.val, settings=settings,
                     checkpoints=checkpoints, journal=journal, stop=stop)  # fmt: skip
-            return finish_run(opened, parts, checkpoints, journal)
+            return finish_run(opened, parts, checkpoints, journal, settings.time)
 
 
 def reopen(run: Run, journal: Journal, *, workers: int | None = None) -> ImageParts:

@@ -10,12 +10,12 @@ from typing import Any
 from goodfit.api.assemble import FitParts
 from goodfit.api.folder import Run
 from goodfit.api.prepare import stage
-from goodfit.config.durations import PASSES
 from goodfit.config.plan import Plan
 from goodfit.config.sizes import InputSizes
+from goodfit.config.time_rules import FORWARD, PASSES
 from goodfit.core.errors import OutOfMemory
 from goodfit.core.history import bare_rate
-from goodfit.core.journal import Journal
+from goodfit.core.journal import Journal, read_lines
 from goodfit.core.machine import num_cores
 from goodfit.core.places import cache_folder, free_bytes
 from goodfit.engine.budget import TimeBudget
@@ -25,7 +25,8 @@ from goodfit.outcome.utilisation import Verdict, utilisation
 from goodfit.planning.pace import Pace, measure_pace
 from goodfit.planning.projection import Projection, check_disk, describe_seconds, measure_outcome, project
 
-FINISH_SECONDS = 12.0  # of a run's time, for bundle, report and the start of the program
+OVER = 1.05  # times the time that it was given, from which a run is told to have taken too long
+EVENTS = "events.jsonl"
 
 
 def disk_stage(folder: Path, parts: FitParts, *, resumed: bool = False) -> None:
@@ -108,11 +109,12 @@ def time_budget(run: Run, parts: FitParts, began: float) -> TimeBudget | None:
     seconds = parts.plan.time.value
     if not seconds:
         return None
-    pace = _measured_pace(run)
-    image, save = (float(pace.get(name, 0.0)) for name in ("validation", "save"))
-    reserve = min(FINISH_SECONDS + 2 * save + image * parts.num_served, 0.5 * seconds)
-    return TimeBudget(seconds=seconds, used=parts.state.progress.seconds, reserve=reserve,
-                      rest_seconds=image * len(parts.val.rows), began=began)  # fmt: skip
+    pace, num_val = _measured_pace(run), len(parts.val.rows)
+    validation = num_val * (float(pace.get("validation", 0.0)) or parts.plan.sample_seconds / FORWARD)
+    # A process that was killed told in its events how far it had come, also where it left no checkpoint.
+    told = max((float(e["spent"]) for e in read_lines(run.path / EVENTS) if "spent" in e), default=0.0)
+    return TimeBudget(seconds=seconds, used=max(parts.state.progress.seconds, told), reserve=parts.finish_seconds + 2 * float(pace.get("save", 0.0)),
+                      served=parts.num_served / max(1, num_val), validation=validation, rest_seconds=validation, began=began)  # fmt: skip
 
 
 def _measured_pace(run: Run) -> dict[str, Any]:
@@ -121,17 +123,25 @@ def _measured_pace(run: Run) -> dict[str, Any]:
 
 
 def too_little_time(run: Run, parts: FitParts, budget: TimeBudget) -> str:
-    """What to say where a time leaves training less than two passes over its samples; "" otherwise, or where the pace is unknown."""
+    """What to say where a time leaves training less than two passes over its samples; "" otherwise, or where nothing was timed."""
     pace = _measured_pace(run)
-    if not pace or parts.state.progress.step:
+    step = float(pace["step"] + pace["data"]) if pace else parts.plan.sample_seconds * parts.train.batch
+    if not step or parts.state.progress.step:
         return ""
-    step, epoch = float(pace["step"] + pace["data"]), parts.train.steps_per_epoch
+    epoch = parts.train.steps_per_epoch
     steps = max(0, int((budget.left() - budget.rest_seconds) / step))
     if steps >= 2 * epoch:
         return ""
-    minutes = math.ceil((budget.spent() + budget.reserve + PASSES * (epoch * step + budget.rest_seconds)) / 60)
+    minutes = math.ceil((budget.spent() + budget.afterwards + PASSES * (epoch * step + budget.rest_seconds)) / 60)
     return (f"Of {describe_seconds(budget.seconds)} training has {describe_seconds(max(0.0, budget.left()))}, about {steps} steps, where one pass over its "
             f"samples takes {epoch}; time={minutes}m would hold {PASSES}")  # fmt: skip
+
+
+def over_time(budget: TimeBudget | None) -> str:
+    """What to say of a run that took clearly longer than it was given; "" otherwise."""
+    if budget is None or budget.spent() <= OVER * budget.seconds:
+        return ""
+    return f"The run took {describe_seconds(budget.spent())} of the {describe_seconds(budget.seconds)} that it was given"
 
 
 def time_stage(run: Run, parts: FitParts, journal: Journal) -> None:

@@ -10,15 +10,15 @@ from typing import Any
 
 from goodfit.config.chooser import Chooser
 from goodfit.config.detector import split_model
-from goodfit.config.durations import PASSES
 from goodfit.config.execution import MIN_STEPS_PER_EPOCH, choose_execution, told_if_slow
-from goodfit.config.facts import DataFacts, Facts, FirstStep, MachineFacts, ModelFacts
+from goodfit.config.facts import DataFacts, Facts, MachineFacts, ModelFacts
 from goodfit.config.measured import best_batch, explain_batch
 from goodfit.config.monitor import check_monitor
 from goodfit.config.plan import Decision, Plan, Source
 from goodfit.config.recipe import choose_recipe
 from goodfit.config.request import TrainRequest
 from goodfit.config.sizes import InputSizes, choose_sizes
+from goodfit.config.time_rules import PASSES, choose_rehearse, passes_in
 from goodfit.core.errors import RequestError
 
 TWO_STAGES = ("fasterrcnn", "maskrcnn")
@@ -26,15 +26,12 @@ STEP = 32  # pixels: both sides of the input are multiples of it
 FIGURES = ("ap", "ap50", "ap75", "loss")  # that validation gives ...
 MASK_FIGURES = ("mask_ap", "mask_ap50", "mask_ap75")  # ... and of masks
 TASKS = ("detect", "segment")
+ENLARGED = 2  # times a picture's own side that the input may have
 OBJECT_SIDE = 14.0  # pixels of the input that the smaller objects should have: two places of the finest map
 BATCH = {"cpu": 8, "cuda": 16}
 MASK_BATCH = 4  # on a processor: dense masks of every object take memory
 CLOSE = 0.1
 MOST = 100  # objects of a picture, as COCO counts them
-FEW_PASSES = 5  # below which a person is told that little will be learned
-STEPS_SHARE = 0.5  # of a time that is the steps'; the rest goes to audit, plan, rehearsal, validation, test and bundle
-REHEARSAL_STEPS = 36  # that a rehearsal takes at least, about ...
-REHEARSAL_SHARE = 0.25  # ... and the share of a time beyond which it is left out
 MOST_DOUBLINGS = 3  # of the usual batch
 SAMPLED = 64  # proposals of an image that a second stage learns from on a processor: an eighth of the published number
 _ONE_CLASS = "this is for images with one class each"
@@ -79,7 +76,7 @@ def resolve_detect(
     sizes = choose_sizes(choose, facts.model, imgsz.value, epochs)
     inputs = InputSizes(imgsz=imgsz.value, epochs=epochs, step=step, multi_scale=sizes["multi_scale"].value,
                         progressive=sizes["progressive"].value)  # fmt: skip
-    augmentation = _augmentation(choose, facts.data)
+    augmentation = _augmentation(choose, facts.data, varies=inputs.varies)
     monitor = _monitor(choose, masks=task == "segment")
     letterbox, most = _letterbox(imgsz.value, facts), _most(choose, facts.data, facts.model.most_places)
     _check_places(facts.model, inputs, letterbox.value)
@@ -102,9 +99,10 @@ def resolve_detect(
         monitor=monitor,
         seed=choose("seed", 0, "fixed, so that the run can be repeated"),
         deterministic=choose("deterministic", False, "the CPU repeats itself anyway; on a GPU it costs speed"),
-        rehearse=_rehearse(choose, facts, batch.value, imgsz.value),
+        rehearse=choose_rehearse(choose, facts, batch.value, imgsz.value),
         **{name: Decision(value, "means nothing for a detector", "rule") for name, value in NEUTRAL.items()},
         measured=facts.measured if base is None else base.measured,
+        sample_seconds=facts.sample_seconds(imgsz.value),
     )
 
 
@@ -186,15 +184,16 @@ def _image_size(choose: Chooser, facts: Facts, step: int) -> Decision[int]:
     data, machine = facts.data, facts.machine
     low, high = (step * math.ceil(side / step) for side in ((640, 1280) if machine.device == "cuda" else (320, 640)))
     own = max(step, step * math.ceil(data.median_side / step))
-    low, high = min(low, own), min(high, own)
     needed = OBJECT_SIDE / data.object_side if data.object_side else low
+    # Larger than the pictures only where their objects are smaller than the places that answer for them.
+    low, high = min(low, own), min(high, own if needed <= own else ENLARGED * own)
     size = int(min(high, max(low, step * math.ceil(needed / step))))
     reason = (f"the smaller objects take {100 * data.object_side:.1f} % of a picture's longer side, {size * data.object_side:.0f} pixels of the "
-              f"input; pictures of {data.median_side} px")  # fmt: skip
+              f"input; pictures of {data.median_side} px{', enlarged' if size > own else ''}")  # fmt: skip
     first, time = facts.first_step, choose.request.time
     source: Source = "rule"
     if first is not None and time and size > low:
-        passes = passes_in(time, first, size, data)
+        passes = passes_in(time, first, size, data.num_train)
         smaller = max(low, step * math.ceil(size * min(1.0, passes / PASSES) ** 0.5 / step))
         if smaller < size:
             reason = f"{time:.0f} s hold about {passes:.2g} passes over the training pictures at {size} pixels, {passes * (size / smaller) ** 2:.2g} at {smaller}"  # fmt: skip
@@ -208,29 +207,6 @@ def _image_size(choose: Chooser, facts: Facts, step: int) -> Decision[int]:
     return Decision(
         rounded, f"{decision.value} {decision.reason}; this detector takes multiples of {step}", decision.source
     )
-
-
-def passes_in(time: float, first: FirstStep, imgsz: int, data: DataFacts) -> float:
-    """Passes over the training pictures that so many seconds hold, about."""
-    return STEPS_SHARE * time / (first.at(imgsz) * data.num_train)
-
-
-def few_passes(plan: Plan, facts: Facts) -> str:
-    """What to say of a time that holds too few passes to learn much; "" otherwise."""
-    first, time = facts.first_step, plan.time.value
-    if first is None or not time or (passes := passes_in(time, first, plan.imgsz.value, facts.data)) >= FEW_PASSES:
-        return ""
-    return (f"{time:.0f} s hold about {passes:.2g} passes over the training pictures, from which little is learned; "
-            f"time={math.ceil(PASSES * time / passes / 60)}m would hold {PASSES}")  # fmt: skip
-
-
-def _rehearse(choose: Chooser, facts: Facts, batch: int, imgsz: int) -> Decision[bool]:
-    """Whether training is tried out before it begins."""
-    first, time = facts.first_step, choose.request.time
-    takes = 0.0 if first is None else REHEARSAL_STEPS * batch * first.at(imgsz)
-    if time and takes > REHEARSAL_SHARE * time:
-        return choose("rehearse", False, f"it would take about {takes:.0f} of the {time:.0f} s", "measured")
-    return choose("rehearse", True, "a minute now against a night lost")
 
 
 def _letterbox(imgsz: int, facts: Facts) -> Decision[dict[str, Any]]:
@@ -286,7 +262,7 @@ def _architecture(
         value["proposals"] = max(value["proposals"], 2 * most)
     value["levels"] = max(3, min(value["levels"], int(math.log2(max(8.0, side / 2) / 8)) + 1))
     reason = (
-        "as published"
+        ("as published, over a pyramid from stride 8 on, its second stage a quarter as wide" if family in TWO_STAGES else "as published")
         if large
         else "half the width and depth of the published head, which takes four fifths of the time on a processor"
     )
@@ -334,15 +310,17 @@ def _batch(choose: Chooser, facts: Facts) -> tuple[Decision[int], Decision[int]]
     return batch, accumulate
 
 
-def _augmentation(choose: Chooser, data: DataFacts) -> dict[str, Decision[Any]]:
+def _augmentation(choose: Chooser, data: DataFacts, *, varies: bool) -> dict[str, Decision[Any]]:
+    """`varies`: whether batches have several sizes, which end with the rest."""
     augment = choose("augment", "standard", "zoom and colour")
+    own = choose.unless_changed("augment")
     off = augment.value == "off"
-    grey = data.grey_share > 0.5
-    flip = choose("flip", 0.0 if off or grey else 0.5, "augmentation is off" if off else
+    grey = data.grey_share > 0.5 and data.num_classes > 1  # of one class a mirror image is of the same
+    flip = own("flip", 0.0 if off or grey else 0.5, "augmentation is off" if off else
                   "grey pictures: may be characters or scans, where a mirror image means something else" if grey else
-                  "pictures mean the same mirrored")  # fmt: skip
-    scale = choose("scale", 0.0, "as the preset")
-    mosaic = choose(
+                  "pictures mean the same mirrored" if data.num_classes > 1 else "of one class a mirror image is of the same")  # fmt: skip
+    scale = own("scale", 0.0, "as the preset")
+    mosaic = own(
         "mosaic",
         0.5 if augment.value == "strong" else 0.0,
         "part of the strong preset" if augment.value == "strong" else "helps only long training",
@@ -352,11 +330,11 @@ def _augmentation(choose: Chooser, data: DataFacts) -> dict[str, Decision[Any]]:
         raise RequestError(
             "copy_paste= needs masks, and the data has boxes only.", where="copy_paste=", next="leave it out"
         )
-    copies = choose("copy_paste", 0.5 if masks and augment.value == "strong" else 0.0, "there are no masks" if not masks else
+    copies = own("copy_paste", 0.5 if masks and augment.value == "strong" else 0.0, "there are no masks" if not masks else
                     "part of the strong preset" if augment.value == "strong" else "helps only long training")  # fmt: skip
-    nothing = off and not mosaic.value and not copies.value
-    close = choose("close_augment", 0.0 if nothing else CLOSE, "nothing to switch off" if nothing else
-                   "the last tenth of the epochs on whole pictures, with a third of the zoom")  # fmt: skip
+    nothing = off and not (mosaic.value or copies.value or scale.value or varies)
+    close = own("close_augment", 0.0 if nothing else CLOSE, "nothing to switch off" if nothing else
+                   "the last tenth of the epochs without mosaic, copies and colour, and with a third of the zoom")  # fmt: skip
     return {
         "augment": augment,
         "balance": _balance(choose, data),

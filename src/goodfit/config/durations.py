@@ -7,7 +7,6 @@ import re
 
 _LENGTH = re.compile(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*(epochs?|steps?|%)?")
 _TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(hours|hour|h|minutes|minute|min|m|seconds|second|sec|s|days|day|d)")
-PASSES = 15  # over the training samples that a time should hold: a detector's input is smaller for fewer, and longer times are proposed for it
 _SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0, "d": 86400.0}
 
 

@@ -23,6 +23,7 @@ from goodfit.config.measured import (
 from goodfit.config.plan import Decision, Plan
 from goodfit.config.sizes import InputSizes
 from goodfit.config.study import choose_studied
+from goodfit.config.time_rules import KEPT_PASSES, passes_in
 from goodfit.core.errors import RequestError
 
 BATCH = 64
@@ -104,7 +105,7 @@ def _check_batch(batch: Decision[int], accumulate: Decision[int], data: DataFact
         )
 
 
-def _cache(choose: Chooser, facts: Facts, side: int, epochs: int) -> Decision[str]:
+def _cache(choose: Chooser, facts: Facts, side: int, inputs: InputSizes) -> Decision[str]:
     """Where decoded training pictures are kept, by what decoding costs and where there is room.
 
     Memory, if decoding all of them again at the next run costs little; else the disk, where the next run finds them.
@@ -112,15 +113,19 @@ def _cache(choose: Chooser, facts: Facts, side: int, epochs: int) -> Decision[st
     Args:
         side: Input size that they are kept for, pixels.
     """
-    data, machine = facts.data, facts.machine
+    data, machine, time = facts.data, facts.machine, choose.request.time
     if data.task == "module":
         return Decision("off", "not a folder of images", "rule")
     largest = 3.0 * data.median_side**2  # pictures are kept reduced, never enlarged
     size = data.num_train * min(data.pixel_bytes_at * side**2, largest)
     seconds = data.num_train * data.decode_seconds / machine.num_cores
     in_memory, on_disk = size <= 0.25 * machine.free_memory, size <= 0.25 * machine.free_disk
-    if epochs == 1:
+    if inputs.epochs == 1:
         value, why = "off", "each picture is used once"
+    elif time and facts.first_step is not None and (
+        passes := passes_in(time, facts.first_step, inputs.imgsz, data.num_train)
+    ) < KEPT_PASSES:
+        value, why = "off", f"the time holds about {passes:.2g} passes over them"
     elif in_memory and (seconds <= CACHE_SECONDS or not on_disk):
         value, why = "ram", f"decoding again at the next run takes {seconds:.0f} s"
     elif on_disk:
@@ -149,7 +154,7 @@ def choose_execution(choose: Chooser, facts: Facts, inputs: InputSizes, scale: f
         "allocator": _allocator(choose, machine, facts.measured),
         "device": Decision(machine.device, machine.device_reason, "asked" if choose.request.device else "rule"),
         "threads": choose("threads", machine.num_cores, f"{machine.num_cores} cores"),
-        **_loading(choose, facts, _cache(choose, facts, inputs.kept_for(scale), inputs.epochs)),
+        **_loading(choose, facts, _cache(choose, facts, inputs.kept_for(scale), inputs)),
     }  # fmt: skip
 
 

@@ -98,4 +98,8 @@ class Facts:
     model: ModelFacts
     measured: Measured | None = None  # None: rules decide
     fitted: Fitted | None = None  # what fits the latency limit, where one was asked for
-    first_step: FirstStep | None = None  # of a detector that has a time to be trained in
+    first_step: FirstStep | None = None  # of a run that has a time to keep
+
+    def sample_seconds(self, imgsz: int) -> float:
+        """What a training sample takes of a step at this size; 0 where none was timed."""
+        return 0.0 if self.first_step is None else self.first_step.at(imgsz)

@@ -19,6 +19,7 @@ ADDED: dict[str, Any] = {  # decisions that plans of earlier versions lack, and 
     "mosaic": 0.0, "detector": {}, "copy_paste": 0.0, "max_det": 0,
 }  # fmt: skip
 EARLIER = "an earlier version's way"  # the reason of those
+_FIGURES = ("measured", "sample_seconds")  # fields of a plan that are no decisions
 T_co = TypeVar("T_co", covariant=True)
 
 
@@ -113,10 +114,11 @@ class Plan:
     deterministic: Decision[bool]
     rehearse: Decision[bool]
     measured: Measured | None = None  # the figures behind what was measured; decides nothing
+    sample_seconds: float = 0.0  # of a training sample in a step, where a time is to be kept; 0: not timed; decides nothing
 
     def decisions(self) -> dict[str, Decision[Any]]:
         """Every decision by name, in the order of the schema."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "measured"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _FIGURES}
 
     def changed(self, **values: Any) -> Plan:
         """The same plan with other values of some decisions: to try something out, not to be kept."""
@@ -133,9 +135,12 @@ class Plan:
         return replace(self, measured=replace(measured, latencies=costs))
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain values: {"decisions": {name: {"value", "source", "reason"}}}, with "measured" if it was."""
+        """The plan as plain values: {"decisions": {name: {"value", "source", "reason"}}}, with "measured" and "sample_seconds" if they were."""
         rows = {n: {"value": d.value, "source": d.source, "reason": d.reason} for n, d in self.decisions().items()}
-        return {"decisions": rows} | ({"measured": self.measured.to_dict()} if self.measured is not None else {})
+        figures: dict[str, Any] = {"measured": self.measured.to_dict()} if self.measured is not None else {}
+        if self.sample_seconds:
+            figures["sample_seconds"] = self.sample_seconds
+        return {"decisions": rows} | figures
 
     @classmethod
     def from_dict(cls, value: Any, *, where: str = "") -> Plan:
@@ -149,7 +154,7 @@ class Plan:
             raise RequestError("This is not a plan: it has no decisions.", where=where)
         added = {n: {"value": v, "reason": EARLIER, "source": "rule"} for n, v in ADDED.items()}
         table = added | table
-        expected = {f.name: str(f.type) for f in fields(cls) if f.name != "measured"}
+        expected = {f.name: str(f.type) for f in fields(cls) if f.name not in _FIGURES}
         problems = [f"{name}: no such decision" for name in table if name not in expected]
         problems += [f"{name}: missing" for name in expected if name not in table]
         found: dict[str, Any] = {}
@@ -172,9 +177,10 @@ class Plan:
             raise RequestError("The plan cannot be read:\n" + "\n".join(f"  {p}" for p in problems), where=where)
         try:
             measured = Measured.from_dict(value["measured"]) if value.get("measured") else None
+            sample_seconds = float(value.get("sample_seconds") or 0.0)
         except (KeyError, TypeError, ValueError) as error:
             raise RequestError(f"The plan's measurements cannot be read: {error}.", where=where) from error
-        return cls(**found, measured=measured)
+        return cls(**found, measured=measured, sample_seconds=sample_seconds)
 
 
 def read_plan(path: Path) -> Plan:

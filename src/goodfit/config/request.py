@@ -86,11 +86,16 @@ class TrainRequest:
     text_column: str | None = _ask("text", "Data", "column or columns of a list with the texts, joined by commas")
     label_column: str | None = _ask("text", "Data", "column of a list with the class names")
     split_column: str | None = _ask("text", "Data", "column of a list with train, val or test")
-    group: str | None = _ask("text", "Data", "column of groups that never straddle splits")
+    group: str | None = _ask("text", "Data", "what never straddles splits: a column, a key of COCO's images, folder, or a pattern of paths "
+                             "as '(.*)_[0-9]+'")  # fmt: skip
+    twins: str | None = _ask("choice", "Data", "nearly equal samples: in one split and out of training where they leak, or kept as others are",
+                             choices=("group", "keep"))  # fmt: skip
     header: bool | None = _ask("bool", "Data", "whether a list's first line holds column names")
     encoding: str | None = _ask("text", "Data", "encoding of text files")
     images: str | None = _ask("text", "Data", "folder that image names in annotations start from")
     annotations: str | None = _ask("text", "Data", "which annotation files, where there are several sets")
+    crowds: str | None = _ask("choice", "Data", "what is marked as a crowd or as difficult: ignored, or learned as objects",
+                              choices=("ignore", "learn"))  # fmt: skip
     labels: str | None = _ask("text", "Data", "fixes.csv of corrected labels, as the audit page saves it")
     like: str | None = _ask("text", "Data", "folder of production samples to compare the data with")
     resplit: bool | None = _ask("bool", "Data", "ignore the splits that the data names, and make new ones")

@@ -19,6 +19,7 @@ from goodfit.config.plan import Decision, Plan
 from goodfit.config.recipe import choose_recipe
 from goodfit.config.request import TrainRequest
 from goodfit.config.sizes import InputSizes, choose_sizes
+from goodfit.config.time_rules import choose_rehearse
 from goodfit.core.errors import RequestError
 
 IMBALANCE = 5.0  # largest class over smallest, from which training is balanced
@@ -137,8 +138,9 @@ def resolve(request: TrainRequest, facts: Facts, base: Plan | None = None) -> Pl
         latency_threads=choose("latency_threads", machine.num_cores, f"{machine.num_cores} cores here"),
         seed=choose("seed", 0, "fixed, so that the run can be repeated"),
         deterministic=choose("deterministic", False, "the CPU repeats itself anyway; on a GPU it costs speed"),
-        rehearse=choose("rehearse", True, "a minute now against a night lost"),
+        rehearse=choose_rehearse(choose, facts, batch.value, imgsz.value),
         measured=_figures(facts.measured, base),
+        sample_seconds=facts.sample_seconds(imgsz.value),
     )
 
 
@@ -231,14 +233,15 @@ def _regularisation(
         "light" if small else "standard",
         f"pictures of {data.median_side} px: shift and zoom a little" if small else "photos: crop, zoom and colour",
     )
+    own = choose.unless_changed("augment")
     if augment.value == "off":
-        flip = choose("flip", 0.0, "augmentation is off")
+        flip = own("flip", 0.0, "augmentation is off")
     elif data.grey_share > 0.5:
-        flip = choose(
+        flip = own(
             "flip", 0.0, "grey pictures: may be characters or scans, where a mirror image means something else"
         )
     else:
-        flip = choose("flip", 0.5, "photos mean the same mirrored")
+        flip = own("flip", 0.5, "photos mean the same mirrored")
     drop_path = choose("drop_path", 0.0, "short training needs none")
     if drop_path.value > 0 and not model.has_drop_path:
         raise RequestError(f"{model.name} has no stochastic depth, so drop_path={drop_path.value:g} cannot be used.",
@@ -251,7 +254,7 @@ def _regularisation(
         "drop_path": drop_path,
         "augment": augment,
         "flip": flip,
-        **_policies(choose, augment.value, varies=varies),
+        **_policies(own, augment.value, varies=varies),
     }  # fmt: skip
 
 

@@ -58,6 +58,11 @@ def training_rate(events: Sequence[Event]) -> float:
     return float(statistics.median(rates[1:] or rates))
 
 
+def validation_seconds(events: Sequence[Event]) -> float:
+    """What the longest validation took, as a rule the first, for which files were read; 0 before one."""
+    return max((float(e["validation_seconds"]) for e in epochs_of(events)), default=0.0)
+
+
 def bare_rate(events: Sequence[Event]) -> float:
     """Samples per second of the bare step that the last rehearsal measured; 0 without one."""
     return next((float(e["bare_rate"]) for e in reversed(events) if e["event"] == "stage" and e.get("bare_rate")), 0.0)

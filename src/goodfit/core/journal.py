@@ -6,6 +6,7 @@ fails is dropped with one warning: it can neither change nor slow the run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -14,10 +15,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from goodfit.core.errors import StorageError
 from goodfit.core.safeio import as_json, storage_errors
 
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
+
+PATIENCE = 120.0  # seconds for which events may wait to be written
 
 logger = logging.getLogger("goodfit")
 
@@ -25,13 +29,16 @@ logger = logging.getLogger("goodfit")
 class Journal:
     """Appends events to a run's `events.jsonl` and hands each to the listeners.
 
-    One event is one `write` of one line, so a kill can tear only the last line, which readers skip.
+    One event is one `write` of one line, so a kill can tear only the last line, which readers skip. What cannot be written, as where the
+    disk is full for a while, waits for the next event; only after `PATIENCE` seconds of that an event raises.
     """
 
     def __init__(self, path: Path | None, listeners: tuple[Listener, ...] = ()) -> None:
         self._listeners = list(listeners)
         self._descriptor: int | None = None
-        self._waiting: list[bytes] = []
+        self._waiting: list[bytes] = []  # for a file
+        self._unwritten = b""  # for room in it ...
+        self._since: float | None = None  # ... from this moment on
         self.segment = 0
         self.step = 0
         if path is not None:
@@ -54,11 +61,20 @@ class Journal:
         self._waiting.clear()
 
     def _write(self, line: bytes) -> None:
-        """All of a line; raises StorageError, as where the disk is full."""
+        """All that waits, and a line; raises StorageError where nothing could be written for long."""
         assert self._descriptor is not None
-        with storage_errors(self._path):
-            while line:
-                line = line[os.write(self._descriptor, line) :]
+        self._unwritten += line
+        try:
+            with storage_errors(self._path):
+                while self._unwritten:
+                    self._unwritten = self._unwritten[os.write(self._descriptor, self._unwritten) :]
+        except StorageError:
+            now = time.monotonic()
+            self._since = now if self._since is None else self._since
+            if now - self._since > PATIENCE:
+                raise
+        else:
+            self._since = None
 
     def listen(self, listener: Listener) -> None:
         """Hand every later event to one more listener."""
@@ -83,6 +99,8 @@ class Journal:
     def close(self) -> None:
         """Close the file; emitting afterwards is an error of the caller."""
         if self._descriptor is not None:
+            with contextlib.suppress(StorageError):
+                self._write(b"")
             os.close(self._descriptor)
             self._descriptor = None
 

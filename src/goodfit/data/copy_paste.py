@@ -70,12 +70,15 @@ def paste_objects(
     touched = (under.masks & cover).any(axis=(1, 2))
     boxes, kept = under.boxes.copy(), np.ones(len(masks), bool)
     for number in np.flatnonzero(touched):
-        left = int(masks[number].sum(dtype=np.int64))
-        boxes[number] = around(masks[number])
-        sides = boxes[number, 2:] - boxes[number, :2]
-        kept[number] = left >= SEEN * before[number] and float(sides.min()) >= LEAST_SIDE
+        boxes[number], kept[number] = what_is_left(masks[number], float(before[number]))
     return Drawn(np.concatenate([boxes[kept], over.boxes]), np.concatenate([under.classes[kept], over.classes]),
                  np.concatenate([masks[kept], over.masks]))  # fmt: skip
+
+
+def what_is_left(mask: npt.NDArray[np.uint8], before: float) -> tuple[npt.NDArray[np.float64], bool]:
+    """The box of what is left of a mask that had so many pixels, and whether that is an object still."""
+    box = around(mask)
+    return box, int(mask.sum(dtype=np.int64)) >= SEEN * before and float((box[2:] - box[:2]).min()) >= LEAST_SIDE
 
 
 def around(mask: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:

@@ -307,7 +307,7 @@ def read_mask(path: Path) -> Mask:
     """A mask file's pixels, bool, shape (height, width): what is neither zero (index zero, black) nor transparent.
 
     Raises:
-        ValueError: the file cannot be read as an image.
+        ValueError: the file cannot be read as an image, or is a map of several objects.
     """
     try:
         image = open_image(path)
@@ -318,10 +318,21 @@ def read_mask(path: Path) -> Mask:
     except Exception as error:  # Pillow raises many kinds for damaged files
         raise ValueError(f"The mask file is cut off or damaged: {error}.") from error
     if pixels.ndim == 2:
+        _refuse_map(pixels)
         return pixels != 0
     if image.mode in ("RGBA", "LA", "PA"):
         return (pixels[..., :-1] != 0).any(axis=2) & (pixels[..., -1] != 0)
     return (pixels != 0).any(axis=2)
+
+
+def _refuse_map(pixels: npt.NDArray[np.generic]) -> None:
+    """Refuse the values 1 to N, with which programs for cells number the objects of a picture. All greys up to 255 are an edge that was
+    smoothed."""
+    largest = int(pixels.max(initial=0)) if pixels.dtype.kind in "iu" else 0
+    if 1 < largest < 255 or 255 < largest < 65535:
+        values = np.unique(pixels)
+        if len(values) == largest + (values[0] == 0):
+            raise ValueError(f"The file holds the numbers 1 to {largest}, a map of as many objects; one file for each object is wanted.")
 
 
 def mask_box(mask: Mask) -> tuple[float, float, float, float] | None:

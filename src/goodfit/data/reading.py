@@ -16,6 +16,8 @@ IMAGE_SUFFIXES = frozenset(
         ".jpg",
         ".jpeg",
         ".jpe",
+        ".jfif",
+        ".mpo",
         ".png",
         ".bmp",
         ".gif",
@@ -32,6 +34,8 @@ IMAGE_SUFFIXES = frozenset(
         ".ico",
     ]
 )
+# Pictures all the same, which a person has to convert: no decoder is here.
+UNREAD_SUFFIXES = frozenset((".heic", ".heif", ".hif", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".jxl", ".psd"))
 SPLIT_SPELLINGS = {
     "train": ("train", "training", "trn"),
     "val": ("val", "valid", "validation", "dev"),
@@ -45,7 +49,7 @@ class Problem:
 
     Attributes:
         kind: A kind of finding: missing_label, missing_image, wrong_type, unreadable, bad_box, bad_mask,
-            other_size.
+            other_size, turned.
         item: The file, or file:line, that a person can open.
         message: What is wrong there, in one sentence; may be empty where the kind says all.
         lost: Whether a sample was lost by it, which counts towards the limit of `max_bad`.
@@ -95,10 +99,12 @@ class How:
     Attributes:
         format: Name of the layout.
         task: "classify", "detect", "segment", "text" or "language".
-        image_column, text_column, label_column, split_column, group: Columns of a table, by name or 1-based number.
+        image_column, text_column, label_column, split_column, group: Columns of a table, by name or 1-based number; without a table,
+            group is a key of COCO's images, "folder", or a pattern of paths (see formats/groups.py).
         header: Whether a table's first line holds column names.
         images: Folder that image names start from.
         annotations: Which annotation files, by name or pattern, where a folder holds several sets.
+        crowds: "learn" takes what is marked as a crowd or as difficult for objects like others; else it is ignored.
         encoding: Of text files.
         resplit: Ignore the splits that the data names.
     """
@@ -113,6 +119,7 @@ class How:
     header: bool | None = None
     images: str | None = None
     annotations: str | None = None
+    crowds: str | None = None
     encoding: str | None = None
     resplit: bool = False
 
@@ -174,6 +181,16 @@ def is_regular(path: Path) -> bool:
         return stat.S_ISREG(path.stat().st_mode)
     except OSError:
         return False
+
+
+def unread_picture(item: str, path: Path) -> Problem:
+    """A sample that is lost as its picture is in a format that is not read."""
+    return problem("unreadable", item, f"Pictures of the kind {path.suffix.lower()} are not read: convert it to JPEG or PNG.", lost=True)
+
+
+def is_unread(path: Path) -> bool:
+    """True for a file that is named as an image of a kind that is not read."""
+    return path.suffix.lower() in UNREAD_SUFFIXES
 
 
 def is_image(path: Path) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from goodfit.config.sizes import InputSizes
-from goodfit.data.copy_paste import Drawn, chosen, partner_of, paste_objects
+from goodfit.data.copy_paste import Drawn, chosen, partner_of, paste_objects, what_is_left
 from goodfit.data.index import DatasetIndex
 from goodfit.data.loader import MicroBatch, each_on_threads, own_threads, row_of
 from goodfit.data.objects import MaskBook, objects_of, padded
@@ -115,13 +115,19 @@ class SceneSamples:
         found = objects_of(self.index, paste.row)
         assert self.index.sizes is not None
         shares = self.store.kept_sizes[paste.row] / self.index.sizes[paste.row]
-        boxes, seen = cut_boxes(paste.boxes(found.boxes, shares), paste.target)
+        whole = paste.boxes(found.boxes, shares)
+        boxes, seen = cut_boxes(whole, paste.target)
         seen &= ~found.crowd
-        masks = np.zeros((int(seen.sum()) if self.masks is not None else 0, *shape), np.uint8)
-        if self.masks is not None:
-            for out, number in zip(masks, found.numbers[seen], strict=True):
-                paste.mask(self.masks.get(paste.row, int(number)), shares, out)
-        return boxes[seen], found.classes[seen], masks
+        if self.masks is None:
+            return boxes[seen], found.classes[seen], np.zeros((0, *shape), np.uint8)
+        numbers, share = np.flatnonzero(seen), float(paste.scale(shares).prod())
+        masks = np.zeros((len(numbers), *shape), np.uint8)
+        for out, number in zip(masks, numbers, strict=True):
+            mask = self.masks.get(paste.row, int(found.numbers[number]))
+            paste.mask(mask, shares, out)
+            if (boxes[number] != whole[number]).any():  # a corner of the box may be left with no pixel of the object in it
+                boxes[number], seen[number] = what_is_left(out, mask.area * share)
+        return boxes[seen], found.classes[seen], masks if seen[numbers].all() else masks[seen[numbers]]
 
 
 class SceneReader:

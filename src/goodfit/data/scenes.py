@@ -79,11 +79,16 @@ class Paste:
             shares: Width and height of the kept picture over those of the upright one, shape (2,).
         """
         s, t = self.source, self.target
-        scale = np.array([(t[2] - t[0]) / (s[2] - s[0]), (t[3] - t[1]) / (s[3] - s[1])])
-        moved = (boxes * np.tile(shares, 2) - np.tile(s[:2], 2)) * np.tile(scale, 2) + np.tile(t[:2], 2)
+        scale = np.tile(self.scale(np.ones(2)), 2)
+        moved = (boxes * np.tile(shares, 2) - np.tile(s[:2], 2)) * scale + np.tile(t[:2], 2)
         if self.mirrored:
             moved = np.stack([t[0] + t[2] - moved[:, 2], moved[:, 1], t[0] + t[2] - moved[:, 0], moved[:, 3]], axis=1)
         return moved
+
+    def scale(self, shares: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+        """Pixels of the input for one of the upright picture, across and down. shares: as in `boxes`. Shape: (2,)."""
+        s, t = self.source, self.target
+        return np.array([(t[2] - t[0]) / (s[2] - s[0]), (t[3] - t[1]) / (s[3] - s[1])]) * shares
 
     def mask(self, mask: CutMask, shares: npt.NDArray[np.floating], out: npt.NDArray[np.uint8]) -> None:
         """Draw an object's mask into an input of shape (height, width), from the nearest pixel of the upright picture.
@@ -117,7 +122,7 @@ def compose(
     """
     height, width = shape
     if float(uniform(_MOSAIC, seed, epoch, sample, 0)) >= preset.mosaic:
-        return _pasted(preset, (seed, epoch, sample, 0), row, sizes[row], (0, 0, width, height), flip)
+        return _pasted(preset, (seed, epoch, sample, 0), row, sizes[row], (0, 0, width, height), flip, shape=shape)
     draws = uniform(_MOSAIC, seed, epoch, sample, np.arange(1, 3))
     x, y = (
         round(side * (MIDDLE[0] + (MIDDLE[1] - MIDDLE[0]) * float(d)))
@@ -128,19 +133,21 @@ def compose(
     first = int(float(uniform(_MOSAIC, seed, epoch, sample, 3)) * TILES)  # the sample's own place
     members = [*partners[:first].tolist(), row, *partners[first:].tolist()]
     return [paste for number, (tile, member) in enumerate(zip(tiles, members, strict=True))
-            for paste in _pasted(preset, (seed, epoch, sample, number + 1), member, sizes[member], tile, flip, fills=True)]  # fmt: skip
+            for paste in _pasted(preset, (seed, epoch, sample, number + 1), member, sizes[member], tile, flip, shape=shape, fills=True)]  # fmt: skip
 
 
 def _pasted(
     preset: ScenePreset, key: tuple[int, int, int, int], row: int, size: npt.NDArray[np.integer], region: tuple[int, int, int, int],
-    flip: float, *, fills: bool = False,
+    flip: float, *, shape: tuple[int, int], fills: bool = False,
 ) -> list[Paste]:  # fmt: skip
-    """A picture in a region of the input, scaled to fit into it (or to fill it) and zoomed; cut at its edges, moved anywhere else."""
+    """A picture in a region of an input of this height and width, scaled as it is served, and zoomed; where it `fills` the region, at
+    least as large as that takes. Cut at the region's edges, moved anywhere else."""
     zoom, x, y = (float(d) for d in uniform(_PLACE, *key, np.arange(3)))
     mirrored = bool(uniform(_FLIP, *key) < flip)
     left, top, right, bottom = region
-    ratios = (right - left) / size[0], (bottom - top) / size[1]
-    scale = float(max(ratios) if fills else min(ratios)) * (1 + preset.zoom * (2 * zoom - 1))
+    scale = float(min(shape[1] / size[0], shape[0] / size[1])) * (1 + preset.zoom * (2 * zoom - 1))
+    if fills:  # not shrunk to the tile: objects would come at half of the size that they are served at
+        scale = max(scale, float((right - left) / size[0]), float((bottom - top) / size[1]))
     wide, high = max(1.0, size[0] * scale), max(1.0, size[1] * scale)
     spare = (right - left) - wide, (bottom - top) - high  # negative where the picture reaches over
     at = left + spare[0] * (x if preset.zoom or fills else 0.5), top + spare[1] * (y if preset.zoom or fills else 0.5)

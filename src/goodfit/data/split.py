@@ -16,6 +16,7 @@ from goodfit.data.stratify import Stratifier, Units, fill, rooms_of
 _SPLIT = stream("split")
 _SUBSET = stream("subset")
 _TRAIN, _VAL, _TEST = range(3)
+_APART = "leave out group=, or use twins=keep where nearly equal samples are different ones"
 _NAMED = 10  # class names listed in one message
 
 _Ints = npt.NDArray[np.int64]
@@ -141,7 +142,7 @@ def _too_few(index: DatasetIndex, target: int) -> DataError:
     return DataError(
         f"Class {index.class_names[target]!r} has too few separate groups to be in every split.",
         where=str(index.root),
-        next="add samples of that class, give the splits yourself, or leave out group=",
+        next=f"add samples of that class, give the splits yourself, {_APART}",
     )
 
 
@@ -186,7 +187,7 @@ def _place_mixed(
         raise DataError(
             "There are too few separate images to have some in every split.",
             where=str(index.root),
-            next="add images, give the splits yourself, or leave out group=",
+            next=f"add images, give the splits yourself, {_APART}",
         )
     return stratifier.places
 

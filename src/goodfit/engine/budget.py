@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from goodfit.engine.schedule import Schedule
 from goodfit.engine.state import Progress
 
+MOST_RESERVED = 0.5  # of the budget, for what comes after training
 CHECK_SHARE = 0.01  # of the budget between two looks at the clock, within an epoch ...
 CHECK_SECONDS = (0.5, 30.0)  # ... but within these
 SLACK = 0.01  # of the steps left, by which an estimate may move without a new schedule
@@ -26,7 +27,9 @@ class TimeBudget:
     Attributes:
         seconds: In all.
         used: By earlier processes of the run.
-        reserve: For what comes after training: the test, the bundle, the report.
+        reserve: For what comes after training beside looks at pictures: the bundle, the report.
+        served: Samples that are looked at after training (the test, the threshold), over those of a validation.
+        validation: What a validation takes, as far as is known: the longest so far, as what follows is read from files too.
         rest_seconds: What an epoch takes beside its steps: validation, saving.
         began: When this process began with the run, by time.monotonic.
     """
@@ -34,6 +37,8 @@ class TimeBudget:
     seconds: float
     used: float = 0.0
     reserve: float = 0.0
+    served: float = 0.0
+    validation: float = 0.0
     rest_seconds: float = 0.0
     began: float = field(default_factory=time.monotonic)
     _looked: float = field(default_factory=lambda: time.monotonic())
@@ -48,15 +53,21 @@ class TimeBudget:
 
     def left(self) -> float:
         """Seconds that training still has; may be below zero."""
-        return self.seconds - self.reserve - self.spent()
+        return self.seconds - min(self.afterwards, MOST_RESERVED * self.seconds) - self.spent()
+
+    @property
+    def afterwards(self) -> float:
+        """Seconds of what comes after training, as far as is known."""
+        return self.reserve + self.served * self.validation
 
     def begin_epoch(self, step: int) -> None:
         """What passed since the epoch before ended was not its steps'."""
         self._mark, self._start = None, (time.monotonic(), step)
 
-    def end_epoch(self, rest_seconds: float) -> None:
-        """Take note of what an epoch took beside its steps; the wait for its first one belongs to it, but for the first epoch's, in which
-        kernels are compiled."""
+    def end_epoch(self, rest_seconds: float, validation: float = 0.0) -> None:
+        """Take note of what an epoch took beside its steps, and of its validation. The wait for its first step belongs to it, but for the
+        first epoch's, in which kernels are compiled."""
+        self.validation = max(self.validation, validation)
         if self._wait is not None:
             rest_seconds += self._wait
         self._wait = 0.0

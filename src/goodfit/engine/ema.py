@@ -24,7 +24,8 @@ class Ema:
     copied, and those that are not finite at the start: between two infinities of a mask lies no number.
 
     The decay of a step t is min(decay, (1 + t) / (10 + t)), so that the random start is soon forgotten. The average moves
-    every `every` steps, by the decay of as many: ten times in a horizon, and at least every 16 steps.
+    every `every` steps, by the decay of as many: ten times in a horizon, and at least every 16 steps; of the first `every` after each
+    one, as a run that ends before them would otherwise be judged by the weights that it began with.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -35,9 +36,10 @@ class Ema:
 
     def update(self, model: nn.Module, step: int, bad: torch.Tensor, *, reads_are_free: bool) -> None:
         """Move towards the model's weights, except where `bad` (bool scalar on the device) is true."""
-        if (step + 1) % self.every:
+        every = self.every if step >= self.every else 1
+        if (step + 1) % every:
             return
-        share = 1 - min(self.decay, (1 + step) / (10 + step)) ** self.every
+        share = 1 - min(self.decay, (1 + step) / (10 + step)) ** every
         if reads_are_free and bool(bad):
             return
         with torch.no_grad():

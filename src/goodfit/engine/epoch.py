@@ -30,11 +30,11 @@ class Epoch:
         self._began = self._saved = 0.0
         self._samples = 0
 
-    def start(self) -> None:
-        """The training part of an epoch begins."""
-        self._began = self.clock.spend("host")
-        self._saved = self.clock.spent("saving")
-        self._samples = 0
+    def start(self, *, again: bool = False) -> None:
+        """The training part of an epoch begins; or goes on, where memory ran out in it."""
+        now = self.clock.spend("host")
+        if not again:
+            self._began, self._saved, self._samples = now, self.clock.spent("saving"), 0
         if self.time is not None:
             self.time.begin_epoch(self._state.step)
 
@@ -82,6 +82,7 @@ class Epoch:
             self._last_event = time.monotonic()
             self.journal.emit("step", loss=loss, grad_norm=grad_norm, lr=record.lr,
                                epoch=progress.epoch, total_steps=progress.schedule.total_steps,
+                               **({} if self.time is None else {"spent": round(self.time.spent(), 3)}),
                                rate=self._samples / max(1e-9, time.monotonic() - self._began))  # fmt: skip
 
     def finish(self, context: StepContext) -> dict[str, float]:

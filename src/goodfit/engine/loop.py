@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from goodfit.core.errors import GoodfitError, OutOfMemory, Stopped, TrainingError
+from goodfit.core.errors import GoodfitError, OutOfMemory, Stopped, StorageError, TrainingError
 from goodfit.core.journal import Journal
 from goodfit.engine.checkpoint import Checkpoints, Snapshot, restore, take_snapshot
 from goodfit.engine.clock import Clock
@@ -36,6 +37,7 @@ from goodfit.engine.step import StepContext, train_step
 from goodfit.engine.stop import StopFlag
 from goodfit.engine.swa import average_weights
 
+TRIES, RETRY_SECONDS = 3, 5.0  # of a save that cannot wait, and the pause between two
 NEVER_FINITE = 10  # validations without a finite loss, from the first on, that end the run
 
 
@@ -53,13 +55,14 @@ def fit(
         StorageError: a checkpoint could not be written.
     """
     epoch, clock, settings = _enter(state, context, settings, checkpoints, journal, train)
+    out_of_memory = False
     while not state.progress.finished:
         progress = state.progress
         progress.closing = progress.schedule.is_closing(progress.step - progress.position // train.batch)
-        out_of_memory = False
         remaining = train.groups(progress.epoch, progress.position, progress.num_micro, closing=progress.closing)
         with closing(remaining) as groups:  # whatever ends the epoch, loader processes end with it
-            epoch.start()
+            epoch.start(again=out_of_memory)
+            out_of_memory = False
             while (
                 not out_of_memory
                 and not epoch.is_over()
@@ -150,7 +153,7 @@ def _close_epoch(
                  lr=state.optimizer.param_groups[0]["lr"], samples=progress.position,
                  skipped=len(progress.skipped), total_steps=progress.schedule.total_steps, **measured, **laps)  # fmt: skip
     if settings.time is not None:
-        settings.time.end_epoch(laps["seconds"] - measured["train_seconds"])
+        settings.time.end_epoch(laps["seconds"] - measured["train_seconds"], laps["validation_seconds"])
     progress.epoch += 1
     progress.position, progress.loss_sum, progress.loss_count = 0, 0.0, 0
     if kept:
@@ -197,9 +200,25 @@ def _go_on_longer(
         _save(state, checkpoints, epoch)
 
 
-def _save(state: TrainState, checkpoints: Checkpoints, epoch: Epoch, *, pinned: bool = False) -> None:
-    checkpoints.save(_snapshot(state, epoch, pinned=pinned))
+def _save(state: TrainState, checkpoints: Checkpoints, epoch: Epoch, *, pinned: bool = False, tries: int = TRIES) -> None:
+    """Save what cannot wait for the next epoch; some more times, where a disk is full for the moment."""
+    snapshot = _snapshot(state, epoch, pinned=pinned)
+    for number in range(1, tries + 1):
+        try:
+            checkpoints.save(snapshot)
+            break
+        except StorageError as error:
+            if number == tries:
+                raise
+            _tell_unsaved(state, epoch, error.message)
+            time.sleep(RETRY_SECONDS)
     epoch.clock.spend("saving")
+
+
+def _tell_unsaved(state: TrainState, epoch: Epoch, problem: str) -> None:
+    epoch.journal.emit(
+        "stage", name="saving", text=f"no checkpoint at step {state.step}: {problem} The next try follows."
+    )
 
 
 def _try_save(state: TrainState, checkpoints: Checkpoints, epoch: Epoch) -> bool:
@@ -207,9 +226,7 @@ def _try_save(state: TrainState, checkpoints: Checkpoints, epoch: Epoch) -> bool
     problem = checkpoints.try_save(_snapshot(state, epoch))
     epoch.clock.spend("saving")
     if problem:
-        epoch.journal.emit(
-            "stage", name="saving", text=f"no checkpoint at step {state.step}: {problem} The next try follows."
-        )
+        _tell_unsaved(state, epoch, problem)
     return not problem
 
 
@@ -229,7 +246,7 @@ def _saved_if_it_fails(state: TrainState, checkpoints: Checkpoints, epoch: Epoch
     except Exception as error:
         kept = "the last checkpoint"
         with suppress(Exception):  # as where the disk is full, or the device is lost: the error itself counts
-            _save(state, checkpoints, epoch)
+            _save(state, checkpoints, epoch, tries=1)
             kept = f"checkpoint {take_name(state)}"
         if isinstance(error, GoodfitError):
             error.kept = kept
@@ -296,7 +313,7 @@ def _extend(
 
 
 def _save_and_stop(state: TrainState, checkpoints: Checkpoints, epoch: Epoch, stop: StopFlag) -> NoReturn:
-    _save(state, checkpoints, epoch)
+    _save(state, checkpoints, epoch, tries=1)
     raise Stopped(f"Stopped at step {state.step}, in epoch {state.progress.epoch + 1}.", exit_code=stop.exit_code,
                   kept=f"checkpoint {take_name(state)}", next="goodfit resume RUN")  # fmt: skip
 

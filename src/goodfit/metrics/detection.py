@@ -81,14 +81,13 @@ class DetectionMeter:
         given["areas"] = batch["areas"] if "areas" in batch else torch.full_like(batch["true_boxes"][..., 0], math.nan)
         arrays = {k: v.detach().cpu().to(torch.float64).numpy() for k, v in given.items()}
         for n in range(len(arrays["boxes"])):
-            image = _image(*(arrays[k][n] for k in given))
+            whole = _boxes_out(arrays["boxes"][n][arrays["classes"][n] >= 0], arrays["place"][n])
+            image = _image(whole, *(arrays[k][n] for k in given if k not in ("boxes", "place")))
             self.images.append(image)
             if self.masks:
                 found = outputs["masks"][n].detach().float().cpu().numpy()[arrays["classes"][n] >= 0]
                 width, height = arrays["size"][n]
-                pasted = [
-                    paste_mask(p, box, (int(width), int(height))) for p, box in zip(found, image.boxes, strict=True)
-                ]
+                pasted = [paste_mask(p, box, (int(width), int(height))) for p, box in zip(found, whole, strict=True)]
                 self.masked.append(
                     _by_masks(image, pasted, batch["true_masks"][n], arrays["areas"][n][arrays["true_classes"][n] >= 0])
                 )
@@ -137,16 +136,19 @@ def _by_masks(image: ImageObjects, pasted: Sequence[CutMask], there: Sequence[Cu
                    own_areas=np.array([m.area for m in pasted], np.float64))  # fmt: skip
 
 
+def _boxes_out(boxes: Floats, place: Floats) -> Floats:
+    """Boxes of the input as they lie in the picture, not cut at its edges: their masks belong to the whole of them."""
+    return (boxes - np.tile(place[2:], 2)) / np.tile(place[:2], 2)
+
+
 def _image(
-    boxes: Floats, scores: Floats, classes: Floats, place: Floats, size: Floats, true_boxes: Floats, true_classes: Floats,
-    crowd: Floats, stated: Floats,
+    boxes: Floats, scores: Floats, classes: Floats, size: Floats, true_boxes: Floats, true_classes: Floats, crowd: Floats,
+    stated: Floats,
 ) -> ImageObjects:  # fmt: skip
     found, there = classes >= 0, true_classes >= 0
-    scale, offset = np.tile(place[:2], 2), np.tile(place[2:], 2)
-    moved = np.clip((boxes[found] - offset) / scale, 0.0, np.tile(size, 2))
     kept = true_boxes[there]
     return ImageObjects(
-        boxes=moved, scores=scores[found], classes=classes[found].astype(np.int64), true_boxes=kept,
+        boxes=np.clip(boxes, 0.0, np.tile(size, 2)), scores=scores[found], classes=classes[found].astype(np.int64), true_boxes=kept,
         true_classes=true_classes[there].astype(np.int64), crowd=crowd[there] > 0,
         areas=np.where(np.isnan(stated[there]), (kept[:, 2:] - kept[:, :2]).prod(axis=1), stated[there]),
     )  # fmt: skip

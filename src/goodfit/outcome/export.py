@@ -24,6 +24,10 @@ TOLERANCE = 1e-3  # of the largest logit's size, at least of 1: float32 sums in 
 LARGE_SIDE = 6000  # pixels of the very large odd image
 
 
+class NotExportable(ExportError):
+    """The exporter does not support the network."""
+
+
 class _WithNormalisation(nn.Module):
     """uint8 images in, logits out: the normalisation becomes part of the exported graph."""
 
@@ -81,9 +85,9 @@ def write_onnx(
                 dynamic_shapes=sizes, external_data=False, verbose=False,
             )  # fmt: skip
     except Exception as error:  # the exporter raises many kinds
-        raise ExportError(f"The network cannot be exported to ONNX: {type(error).__name__}: {str(error)[:400]}",
-                          kept="the trained weights, in checkpoints/best",
-                          next="report the model's name; goodfit test RUN still works") from error  # fmt: skip
+        raise NotExportable(f"The network cannot be exported to ONNX: {type(error).__name__}: {str(error)[:400]}",
+                            kept="the trained weights, in checkpoints/best, and the test's result, in test.json",
+                            next="report the model's name and the versions in events.jsonl") from error  # fmt: skip
     finally:
         exporter_log.setLevel(level)
 

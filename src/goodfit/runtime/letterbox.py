@@ -32,10 +32,9 @@ class Place:
         """Boxes (left, top, right, bottom) of the picture as they lie in the input. Shape: (B, 4)."""
         return boxes.astype(np.float64) * self._scales + self._offsets
 
-    def boxes_out(self, boxes: npt.NDArray[np.floating], size: tuple[int, int]) -> npt.NDArray[np.float64]:
-        """Boxes of the input as they lie in a picture of this width and height, cut at its edges. Shape: (B, 4)."""
-        moved = (boxes.astype(np.float64) - self._offsets) / self._scales
-        return np.clip(moved, 0.0, np.array([*size, *size], np.float64))
+    def boxes_out(self, boxes: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+        """Boxes of the input as they lie in the picture; what lies in the bars is beyond its edges. Shape: (B, 4)."""
+        return np.asarray((boxes.astype(np.float64) - self._offsets) / self._scales)
 
     @property
     def _scales(self) -> npt.NDArray[np.float64]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from goodfit.core.errors import DataError, GoodfitError
+from goodfit.core.errors import DataError, GoodfitError, RequestError
 from goodfit.core.safeio import read_json, verify_directory
 from goodfit.runtime.detections import Selection, select_objects
 from goodfit.runtime.images import ImageError, Preprocessing
@@ -131,6 +131,9 @@ class Predictor:
             rows: list[dict[str, Any]] = []
             arrays = []
             for source in images[start : start + batch]:
+                if not isinstance(source, str | Path | bytes):
+                    raise RequestError(f"An image is given as the path or the bytes of its file, not as {type(source).__name__}.",
+                                       next="of an array: encode it as PNG into a buffer, and give that buffer's bytes")  # fmt: skip
                 name = "" if isinstance(source, bytes) else str(source)
                 try:
                     pixels, told = self._read(Path(source) if isinstance(source, str) else source)
@@ -183,13 +186,14 @@ class Predictor:
         """
         assert isinstance(self.preprocessing, Letterbox)
         size = (int(row["width"]), int(row["height"]))
-        moved = self.preprocessing.place(size).boxes_out(boxes, size)
+        whole = self.preprocessing.place(size).boxes_out(boxes)  # which masks belong to, ...
+        moved = np.clip(whole, 0.0, np.array([*size, *size], np.float64))  # ... and what is told
         made = []
         for number in np.flatnonzero(scores >= threshold):
             found: dict[str, Any] = {"label": self.labels[int(classes[number])], "score": round(float(scores[number]), 6),
                                      "box": [round(float(v), 2) for v in moved[number]]}  # fmt: skip
             if masks is not None:
-                found["mask"] = as_rle(paste_mask(masks[number], moved[number], size), size)
+                found["mask"] = as_rle(paste_mask(masks[number], whole[number], size), size)
             made.append(found)
         return made
 

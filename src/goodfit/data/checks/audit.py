@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from goodfit.core.errors import DataError
-from goodfit.data.checks.audit_objects import audit_objects
+from goodfit.data.checks.audit_objects import audit_objects, crowds
 from goodfit.data.checks.findings import Finding, from_problems, merged
 from goodfit.data.checks.patterns import outliers, shortcut_findings, split_shift
 from goodfit.data.checks.scan import Scan, scan_images
@@ -40,8 +40,13 @@ class Audit:
     grey_share: float = 0.0
 
 
-def audit_dataset(reading: Reading, *, max_bad: float, progress: Callable[[int, int], None] | None = None) -> Audit:
+def audit_dataset(
+    reading: Reading, *, max_bad: float, progress: Callable[[int, int], None] | None = None, twins: str = "group"
+) -> Audit:
     """Read and decode every file, find what is wrong, and leave it out in the index.
+
+    Args:
+        twins: "keep" takes nearly equal samples for different ones.
 
     Raises:
         DataError: more than `max_bad` of the samples (and more than one) cannot be used, or fewer than two classes are
@@ -57,7 +62,7 @@ def audit_dataset(reading: Reading, *, max_bad: float, progress: Callable[[int, 
         findings += _file_findings(index, scan)
         index, found = _check_objects(index)
         findings += found
-    index, found, num_copies = audit_twins(index, scan)
+    index, found, num_copies = audit_twins(index, scan, keep=twins == "keep")
     findings += found
     num_lost = sum(p.lost for p in reading.problems)
     _gate(index, findings, num_lost, num_asked + num_copies, max_bad)
@@ -98,7 +103,8 @@ def _check_objects(index: DatasetIndex) -> tuple[DatasetIndex, list[Finding]]:
     if index.objects is None:
         return index, []
     objects, problems = audit_objects(index)
-    return replace(index, objects=objects), from_problems(problems, background=True)
+    index = replace(index, objects=objects)
+    return index, [*from_problems(problems, background=True), *crowds(index)]
 
 
 def _gate(index: DatasetIndex, findings: Iterable[Finding], num_lost: int, num_excused: int, max_bad: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from goodfit.data.checks.findings import Finding
+from goodfit.data.checks.turned import turn_objects, turned_rows
 from goodfit.data.columns import MASK_FILE, NO_MASK, POLYGONS, RLE, Blobs, Objects
 from goodfit.data.index import LEFT_OUT, DatasetIndex
 from goodfit.data.masks import mask_box, pack_mask, polygon_area, read_mask, rle_runs, scale_polygons, unpack_polygons
@@ -20,6 +22,8 @@ MIN_SIDE = 0.99  # pixels: smaller boxes hold no pixel; a share of 6 decimals of
 MIN_INSIDE = 0.5  # share of a box's area within the image, from which it is clipped rather than dropped
 ROUNDING_PIXELS = 1.0  # boxes may reach so far outside, or
 ROUNDING_SHARE = 0.01  # this share of the image's side, and are clipped without a word
+
+MANY_CROWDS = 0.05  # share of the objects; COCO has 1 %
 
 _Box = tuple[float, float, float, float]
 
@@ -56,7 +60,12 @@ def audit_objects(index: DatasetIndex) -> tuple[Objects, list[Problem]]:
     """
     if index.objects is None or index.sizes is None:
         raise ValueError("an index with objects and image sizes is needed")
+    other = _other_size_rows(index)
+    turns = turned_rows(index, other)
+    if turns:
+        index = replace(index, objects=turn_objects(index.objects, turns, index.sizes))
     objects = index.objects
+    assert objects is not None and index.sizes is not None
     rows = objects.rows
     sizes = index.sizes[rows].astype(np.float64)
     kept = objects.kept & (index.splits[rows] != LEFT_OUT) & (sizes > 0).all(axis=1)
@@ -86,30 +95,52 @@ def audit_objects(index: DatasetIndex) -> tuple[Objects, list[Problem]]:
         made = replace(objects, boxes=boxes.astype(np.float32), kept=kept, relative=False, declared=None, **changes)  # type: ignore[arg-type]
     problems = [problem(found[n][0], f"{index.paths[int(rows[n])]}: {objects.where(n)}", found[n][1])
                 for n in sorted(found)]  # fmt: skip
-    return made, [*_other_sizes(index), *problems]
+    return made, [*_other_sizes(index, other, turns), *problems]
 
 
-def _other_sizes(index: DatasetIndex) -> list[Problem]:
-    """A Problem for every image with objects that has not the size that its annotation states: a copy of another size, or turned."""
-    objects, found = index.objects, []
+def _other_size_rows(index: DatasetIndex) -> npt.NDArray[np.int64]:
+    """Rows with objects whose image has not the size that its annotation states: a copy of another size, or turned."""
+    objects = index.objects
     assert objects is not None and index.sizes is not None
     if objects.declared is None:
-        return []
+        return np.zeros(0, np.int64)
     stated, real = objects.declared, index.sizes.astype(np.float64)
     asked = (
         (stated > 0).all(axis=1) & (real > 0).all(axis=1) & (index.splits != LEFT_OUT) & (np.diff(objects.starts) > 0)
     )
-    for row in np.flatnonzero(asked & (stated != real).any(axis=1)).tolist():
-        wide, high = real[row]
-        turned = tuple(stated[row]) == (high, wide)
-        why = (
-            "boxes may be those of the picture before it was turned"
-            if turned
-            else "boxes may be those of a copy of another size"
-        )
-        found.append(problem("other_size", f"{index.paths[row]}: {objects.files[row]}",
-                             f"The annotation states {stated[row][0]:.0f} x {stated[row][1]:.0f}, the picture has {wide:.0f} x {high:.0f}: {why}."))  # fmt: skip
+    return np.flatnonzero(asked & (stated != real).any(axis=1))
+
+
+def _other_sizes(index: DatasetIndex, rows: npt.NDArray[np.int64], turns: Mapping[int, int]) -> list[Problem]:
+    """A Problem for each of these rows; turned ones, whose objects were turned too, are another kind."""
+    objects, found = index.objects, []
+    assert objects is not None and index.sizes is not None and (objects.declared is not None or not len(rows))
+    for row in rows.tolist():
+        (wide, high), stated = index.sizes[row], objects.declared[row]  # type: ignore[index]
+        where = f"{index.paths[row]}: {objects.files[row]}"
+        if row in turns:
+            found.append(problem("turned", where))
+            continue
+        why = "of the picture before it was turned" if tuple(stated) == (high, wide) else "of a copy of another size"
+        found.append(problem("other_size", where, f"The annotation states {stated[0]:.0f} x {stated[1]:.0f}, the picture has {wide:.0f} x {high:.0f}: "
+                             f"boxes may be those {why}."))  # fmt: skip
     return found
+
+
+def crowds(index: DatasetIndex) -> list[Finding]:
+    """What is marked as a crowd, or as difficult: nothing is learned of it, and what is found in it is not judged. A warning where that is
+    more than a few objects, or all of a class, as where a tool marks whatever was drawn with its brush."""
+    objects, num = index.objects, len(index.class_names)
+    assert objects is not None
+    there = objects.kept & (index.splits[objects.rows] != LEFT_OUT)
+    marked, learned = (np.bincount(objects.classes[there & m], minlength=num) for m in (objects.crowd, ~objects.crowd))
+    if not marked.sum():
+        return []
+    many = marked.sum() > MANY_CROWDS * (marked.sum() + learned.sum()) or ((marked > 0) & (learned == 0)).any()
+    items = tuple(f"{index.class_names[c]}: {marked[c]} of {marked[c] + learned[c]} objects" for c in np.flatnonzero(marked))
+    return [Finding("crowd", "warning" if many else "info", int(marked.sum()), items,
+                    "marked as a crowd or as difficult: not learned, and what is found there is not judged",
+                    "crowds=learn, where these are objects like others, as CVAT marks what its brush drew")]  # fmt: skip
 
 
 def _text(box: Iterable[float]) -> str:

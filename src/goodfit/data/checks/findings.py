@@ -22,6 +22,7 @@ _PROBLEMS = {
     "label_conflict": ("warning", "two labels for one sample: all copies left out", "keep the right one"),
     "bad_box": ("warning", "the box was dropped or clipped, its image kept", "mend the annotation"),
     "bad_mask": ("warning", "the object, or a part of it that cannot be, was dropped, its image kept", "mend the annotation"),
+    "turned": ("info", "annotated before the turn that EXIF asks for: boxes and masks were turned with the picture", ""),
     "other_size": ("warning", "annotated at another size than the picture has: kept, look at them", "mend the annotation, or put the annotated picture there"),
 }  # fmt: skip
 

@@ -1,30 +1,23 @@
-"""Do two sets of samples come from one source? Tests on picture statistics, on features and on class shares, each with
-a floor on the effect, so that large sets do not turn trifles into alarms."""
+"""Do two sets of samples come from one source? Tests on picture statistics and on class shares, each with a floor on the effect, so that
+large sets do not turn trifles into alarms."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
 
 from goodfit.core.errors import DataError
-from goodfit.core.random import derive_seed, hash64, stream
-from goodfit.data.checks.logistic import Float, SparseRows, check_features, make_folds, out_of_fold, reduce_features
+from goodfit.core.random import derive_seed, stream
 
 LEVEL = 0.001  # of all tests of a call together
 MIN_DISTANCE = 0.15  # Kolmogorov-Smirnov statistic: at some value, the shares of samples below it differ by this
-MIN_AUC = 0.55  # that the bound must reach; the bounds of 90 random halves of real pictures reached 0.505
 MIN_SHARE = 0.05  # of the samples must change class, beyond what chance would make
-MAX_ROWS = 10_000  # of each side that the classifier sees
-MIN_ROWS = 20  # of each side, below which nothing can be said
-NUM_FOLDS = 5
 NUM_DRAWS = 9999
 
-_SAMPLE = stream("shift sample")
 _DRAWS = stream("shift draws")
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 
@@ -49,26 +42,6 @@ class Shift:
     median_a: float
     median_b: float
     outside: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FeatureShift:
-    """How well a classifier tells two sets apart.
-
-    Attributes:
-        auc: Chance that of a random pair, one of each set, the classifier knows which is which; 0.5 is guessing.
-        low: One-sided bound that it surely exceeds, at LEVEL.
-        found: Whether the bound reaches MIN_AUC.
-        rows_a, rows_b: Rows that were looked at, int64.
-        unlike: The rows of b least like a, most typical of b first, int64.
-    """
-
-    auc: float
-    low: float
-    found: bool
-    rows_a: npt.NDArray[np.int64]
-    rows_b: npt.NDArray[np.int64]
-    unlike: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,70 +153,6 @@ def _kolmogorov(distance: float, num_a: int, num_b: int) -> float:
     if x < 0.2:
         return 1.0
     return min(1.0, max(0.0, 2 * sum((-1) ** (k - 1) * math.exp(-2 * k * k * x * x) for k in range(1, 101))))
-
-
-def feature_shift(
-    a: npt.ArrayLike | SparseRows, b: npt.ArrayLike | SparseRows, *, seed: int = 0,
-    groups: npt.NDArray[np.int64] | None = None,
-) -> FeatureShift:  # fmt: skip
-    """Classifier two-sample test (Lopez-Paz and Oquab, ICLR 2017): the cross-validated AUC of a logistic regression that
-    is to tell a's samples from b's.
-
-    Args:
-        a, b: Features of the two sets, float32 (N, D) and (M, D); or both in one call of text_features, then cut in two.
-        seed: Of the folds, and of the 10,000 rows that are drawn from a larger set.
-        groups: Of a's rows, then b's; rows of one group stay in one fold; int64 (N + M,).
-
-    Raises:
-        DataError: the features do not fit each other or are not finite.
-    """
-    x, num_a, num_b = _join(a, b)
-    if groups is not None and len(groups) != num_a + num_b:
-        raise DataError(f"There are {len(groups)} groups for {num_a + num_b} samples.")
-    rows_a, rows_b = _sample(num_a, derive_seed(seed, 0)), _sample(num_b, derive_seed(seed, 1))
-    nothing = FeatureShift(auc=0.5, low=0.0, found=False, rows_a=rows_a, rows_b=rows_b, unlike=rows_b[:0])
-    if min(len(rows_a), len(rows_b)) < MIN_ROWS:
-        return nothing
-    rows = np.concatenate([rows_a, num_a + rows_b])
-    side = np.repeat(np.array([0, 1]), [len(rows_a), len(rows_b)])
-    kin = np.full(len(rows), -1, np.int64) if groups is None else np.asarray(groups, np.int64)[rows]
-    chosen = x[rows] if isinstance(x, SparseRows) else reduce_features(x[rows], seed=seed)
-    shares, _ = out_of_fold(chosen, side, 2, make_folds(side, kin, NUM_FOLDS, seed))
-    scores = shares[:, 1].astype(np.float64)
-    auc, low = _auc(scores[: len(rows_a)], scores[len(rows_a) :])
-    order = np.argsort(-scores[len(rows_a) :], kind="stable")
-    return FeatureShift(auc=auc, low=low, found=low >= MIN_AUC, rows_a=rows_a, rows_b=rows_b, unlike=rows_b[order])
-
-
-def _join(a: npt.ArrayLike | SparseRows, b: npt.ArrayLike | SparseRows) -> tuple[Float | SparseRows, int, int]:
-    if isinstance(a, SparseRows) and isinstance(b, SparseRows):
-        if a.num_columns != b.num_columns:
-            raise DataError(f"The two sets have {a.num_columns} and {b.num_columns} features.")
-        starts = np.concatenate([a.starts, a.starts[-1] + b.starts[1:]])
-        columns, values = np.concatenate([a.columns, b.columns]), np.concatenate([a.values, b.values])
-        return SparseRows(starts, columns, values, a.num_columns), len(a), len(b)
-    if isinstance(a, SparseRows) or isinstance(b, SparseRows):
-        raise DataError("The two sets have features of different kinds.")
-    one, two = check_features(a), check_features(b)
-    if one.shape[1] != two.shape[1]:
-        raise DataError(f"The two sets have {one.shape[1]} and {two.shape[1]} features.")
-    return np.concatenate([one, two]), len(one), len(two)
-
-
-def _sample(num: int, seed: int) -> npt.NDArray[np.int64]:
-    rows = np.arange(num)
-    return rows if num <= MAX_ROWS else np.sort(np.argsort(hash64(_SAMPLE, seed, rows), kind="stable")[:MAX_ROWS])
-
-
-def _auc(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> tuple[float, float]:
-    """AUC of scores that should be higher in b, and its one-sided bound by the variance of DeLong et al. (1988)."""
-    sorted_a, sorted_b = np.sort(a), np.sort(b)
-    below = (np.searchsorted(sorted_a, b, "left") + np.searchsorted(sorted_a, b, "right")) / (2 * len(a))
-    above = 1 - (np.searchsorted(sorted_b, a, "left") + np.searchsorted(sorted_b, a, "right")) / (2 * len(b))
-    auc = float(below.mean())
-    error = math.sqrt(float(below.var(ddof=1)) / len(b) + float(above.var(ddof=1)) / len(a))
-    error = max(error, 0.7 / min(len(a), len(b)))  # a set told apart without a mistake is no proof of an AUC of 1
-    return auc, max(0.0, auc - NormalDist().inv_cdf(1 - LEVEL) * error)
 
 
 def class_shift(counts_a: npt.NDArray[np.int64], counts_b: npt.NDArray[np.int64], *, seed: int = 0) -> ClassShift:

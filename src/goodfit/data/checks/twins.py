@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import combinations, islice
 
@@ -13,19 +14,24 @@ from goodfit.data.checks.findings import MAX_ITEMS, Finding
 from goodfit.data.checks.scan import Scan
 from goodfit.data.index import LEFT_OUT, NO_GROUP, SPLITS, DatasetIndex
 
+MOVED, RESIZED = 0.06, 1.5  # share of a picture's side that an object of a copy may have moved by, and times that it may be larger
+SHARED = 0.75  # of the objects that a copy still has
 Ints = npt.NDArray[np.int64]
 MIN_SIDE = (
     32  # pixels: smaller pictures have too little detail to tell a twin from its like (8-pixel digits: 148 pairs)
 )
 
 
-def audit_twins(index: DatasetIndex, scan: Scan | None) -> tuple[DatasetIndex, list[Finding], int]:
+def audit_twins(index: DatasetIndex, scan: Scan | None, *, keep: bool = False) -> tuple[DatasetIndex, list[Finding], int]:
     """Find equal and nearly equal samples, and mend the index: conflicting labels and leaks are left out, the rest is
     grouped, so that no split separates it.
+
+    Nearly equal pictures whose objects lie elsewhere are no twins, as those of a camera that does not move.
 
     Args:
         index: With contents; its splits are changed in place.
         scan: Of the images; None for texts, which are compared by their normalised content.
+        keep: Nearly equal samples are told, and kept as others are.
 
     Returns:
         The index with groups, the findings, and how many rows were left out as copies of a sample in another split.
@@ -39,14 +45,18 @@ def audit_twins(index: DatasetIndex, scan: Scan | None) -> tuple[DatasetIndex, l
         kept = np.flatnonzero((index.splits != LEFT_OUT) & (scan.sizes.min(axis=1) >= MIN_SIDE))
         near = [(int(kept[a]), int(kept[b]), score)
                 for a, b, score in near_duplicates(_chosen(scan, kept), known=exact[kept])]  # fmt: skip
+        near = [(a, b, score) for a, b, score in near if _same_objects(index, a, b)]
+    if keep and near:
+        findings.append(Finding("duplicate_near", "info", len(near), tuple(f"{index.paths[a]} = {index.paths[b]}" for a, b, _ in near),
+                                "nearly the same picture: kept as others are, as was asked"))  # fmt: skip
+        near = []
     links = np.array([(a, b) for a, b, _ in near], np.int64).reshape(-1, 2)
-    together = components(len(index), exact, links)
     findings += _pairs(index, exact, near)
-    findings += _leaks(index, before, exact, near)
-    num_left = _leave_copies(index, before, together)
-    together = np.where(
-        index.splits != LEFT_OUT, together, NO_GROUP
-    )  # what left joins nothing: its twin may lie elsewhere
+    found = _leaks(index, before, exact, near)
+    num_left = _leave_copies(index, before, exact, links)
+    findings += [replace(f, action=f"{f.action} ({num_left:,} in all)") for f in found]
+    kept = index.splits != LEFT_OUT  # what left joins nothing: its twin may lie elsewhere
+    together = components(len(index), np.where(kept, exact, NO_GROUP), links[kept[links].all(axis=1)])
     return replace(index, groups=components(len(index), index.groups, _chain(together))), findings, num_left
 
 
@@ -202,11 +212,42 @@ def _leaks(
                     f"{kinds} pairs in two splits: the copy nearer to {SPLITS[0]} was left out", "mend the splits")]  # fmt: skip
 
 
-def _leave_copies(index: DatasetIndex, places: npt.NDArray[np.int8], together: Ints) -> int:
-    """Of twins in several given splits, those in the most sealed one stay. Returns how many rows left."""
-    left = 0
-    for rows in _members(together):
-        going = rows[(places[rows] < places[rows].max()) & (index.splits[rows] != LEFT_OUT)]
-        index.splits[going] = LEFT_OUT
-        left += len(going)
-    return left
+def _leave_copies(index: DatasetIndex, places: npt.NDArray[np.int8], exact: Ints, links: Ints) -> int:
+    """Of equal samples, and of each nearly equal pair, in several given splits, those in the most sealed one stay. What is like a copy
+    that leaves stays: a film whose last picture is also in validation loses its end and not all of it. Returns how many rows left."""
+    alone = np.arange(len(index)) + exact.max(initial=0) + 1
+    _, unit = np.unique(np.where(exact == NO_GROUP, alone, exact), return_inverse=True)
+    usable = index.splits != LEFT_OUT
+    own = np.zeros(int(unit.max(initial=-1)) + 1, np.int64)
+    np.maximum.at(own, unit[usable], places[usable].astype(np.int64))
+    most = own.copy()
+    for a, b in ((0, 1), (1, 0)):  # of an equal group only the first stands for all in the links
+        np.maximum.at(most, unit[links[:, a]], own[unit[links[:, b]]])
+    going = usable & (places < most[unit])
+    index.splits[going] = LEFT_OUT
+    return int(going.sum())
+
+
+def _same_objects(index: DatasetIndex, a: int, b: int) -> bool:
+    """Whether two pictures that look alike show the same objects, as far as a copy cropped by 5 % of its sides does: three of four of the
+    fuller one's lie at the same place, of the same class and about the same size. Of pictures without annotated objects, yes."""
+    objects, sizes = index.objects, index.sizes
+    if objects is None or sizes is None:
+        return True
+    parts = []
+    for row in (a, b):
+        part = objects.of(row)
+        boxes = objects.boxes[part][objects.kept[part]].astype(np.float64) / np.tile(sizes[row], 2)
+        parts.append((boxes, objects.classes[part][objects.kept[part]]))
+    (first, kinds), (second, others) = sorted(parts, key=lambda p: len(p[0]))
+    if not len(second):
+        return True
+    free, same = np.ones(len(second), bool), 0
+    for box, kind in zip(first, kinds, strict=True):
+        apart = np.abs((second[:, :2] + second[:, 2:] - box[:2] - box[2:]) / 2).max(axis=1)
+        ratio = np.abs(np.log((second[:, 2:] - second[:, :2]) / (box[2:] - box[:2]))).max(axis=1)
+        fits = np.flatnonzero(free & (others == kind) & (apart <= MOVED) & (ratio <= math.log(RESIZED)))
+        if len(fits):
+            free[fits[apart[fits].argmin()]] = False
+            same += 1
+    return same >= SHARED * len(second)

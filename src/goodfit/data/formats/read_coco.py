@@ -64,10 +64,10 @@ def read(data: Path, how: How) -> Reading:
     for file in files:
         reader.read_annotations(file)
     objects = reader.samples.objects
-    masks = sum(k != NO_MASK for k in objects.kinds)
+    masks, boxes = objects.num_masks()
     # Some damaged masks are no reason to leave masks.
     sound = sum(objects.kept) if 2 * masks > len(objects) else len(objects)
-    with_masks, some = wants_masks(how, masks, sound, str(data))
+    with_masks, some = wants_masks(how, masks, sound, str(data), boxes=boxes)
     listed = ", ".join(f"{reader.samples.name(f.path)}{f' ({SPLITS[f.split]})' if f.split >= 0 else ''}" for f in files)
     what = "boxes and masks" if with_masks else "boxes"
     return reader.samples.reading(
@@ -179,6 +179,7 @@ class _Reader:
         found: list[tuple[str, int | str]] = []
         missing: list[tuple[int | str, str]] = []
         sizes: dict[int | str, tuple[float, float]] = {}
+        groups: dict[int | str, str] = {}
         for position, entry in enumerate(file.content["images"]):
             key = _id(entry.get("id")) if isinstance(entry, dict) else None
             name = entry.get("file_name") if isinstance(entry, dict) else None
@@ -188,6 +189,8 @@ class _Reader:
                 continue
             file.rows[key] = -1
             sizes[key] = number(entry.get("width")), number(entry.get("height"))
+            if self.how.group is not None and entry.get(self.how.group) is not None:  # as video_id
+                groups[key] = shown(entry[self.how.group])
             path = self._find(name, places)
             if path is None:
                 missing.append((key, name))
@@ -204,7 +207,7 @@ class _Reader:
         source = self.samples.name(file.path)
         for path, key in sorted(found, key=lambda f: f[0]):
             self.used.add(path)
-            file.rows[key] = self.samples.add(self.samples.name(path), file.split, source, size=sizes[key])
+            file.rows[key] = self.samples.add(self.samples.name(path), file.split, source, size=sizes[key], group=groups.get(key, ""))
 
     def _find(self, name: str, places: list[str]) -> str | None:
         """A file by its name and the folders in it, as many of them as there are here: the name may be a path of the machine that
@@ -259,6 +262,7 @@ class _Reader:
                                 next="give the folder that the JSON's file names start from")  # fmt: skip
             return [str(chosen[0])], []
         anchors = list(dict.fromkeys((beside, self.samples.root, Path(os.path.abspath(beside)).parent)))
+        subset = file.path.stem.partition("_")[2]  # CVAT: annotations/instances_default.json and images/default
         first: list[Path] = []
         rest: list[Path] = []
         others: list[Path] = []
@@ -266,8 +270,9 @@ class _Reader:
             for folder in [*(anchor / n for n in _IMAGE_FOLDERS), anchor]:
                 below = _folders(folder)
                 first += [f for f in below if file.split >= 0 and split_of(f.name) == file.split]
+                first += [f for f in below if f.name == subset]
                 others += [f for f in below if split_of(f.name) not in (None, file.split)]
-                if folder == self.samples.root:
+                if folder == self.samples.root or len(below) == 1:
                     rest += [f for f in below if split_of(f.name) is None]
             first += [anchor, *(anchor / n for n in _IMAGE_FOLDERS)]
         places = [os.path.normpath(p) for p in dict.fromkeys(first + rest)]
@@ -316,7 +321,7 @@ class _Reader:
         if edges is None:
             self._bad("bad_box", file, where, f"{shown(box)} is no box of left, top, width and height.")
             return
-        crowd = entry.get("iscrowd") in (1, True, "1")
+        crowd = entry.get("iscrowd") in (1, True, "1") and self.how.crowds != "learn"
         area = number(entry.get("area"))
         self.samples.objects.add(row, edges, kind, where, crowd=crowd, kept=kept or crowd, mask_kind=mask_kind, mask=mask,
                                  area=area if area > 0 else math.nan)  # fmt: skip

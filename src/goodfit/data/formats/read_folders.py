@@ -7,8 +7,23 @@ from pathlib import Path
 import numpy as np
 
 from goodfit.core.errors import DataError
+from goodfit.data.formats.groups import group_names
 from goodfit.data.index import NO_GROUP, NO_SPLIT, SPLITS, DatasetIndex
-from goodfit.data.reading import How, Problem, Reading, files_below, folders, is_image, relative, split_number
+from goodfit.data.reading import (
+    How,
+    Problem,
+    Reading,
+    files_below,
+    folders,
+    is_image,
+    is_unread,
+    relative,
+    split_number,
+    unread_picture,
+)
+
+_IMAGES = ("images", "image", "imgs", "img")
+_MASKS = ("masks", "mask", "labels", "label", "annotations", "segmentations")
 
 
 def recognise(data: Path) -> str | None:
@@ -33,27 +48,41 @@ def read(data: Path, how: How) -> Reading:
     rows: list[tuple[str, str, int]] = []
     problems: list[Problem] = []
     for split, root in places:
+        _refuse_masks(root)
         problems += [Problem("missing_label", relative(p, data), lost=True) for p in loose_images(root)]
         for folder in folders(root):
             for file in files_below(folder):
                 if is_image(file):
                     rows.append((relative(file, data), folder.name, split))
+                elif is_unread(file):
+                    problems.append(unread_picture(relative(file, data), file))
                 else:
                     problems.append(Problem("wrong_type", relative(file, data)))
     if not rows:
         refuse_no_images(data)
+    paths = [path for path, _, _ in rows]
+    groups = {} if how.group is None else dict(zip(paths, group_names(paths, how.group), strict=True))
     if how.resplit:
         rows = [(path, name, NO_SPLIT) for path, name, _ in rows]
     split_given = len(places) > 1
     names = [root.name for _, root in places]
     layout = f"class folders under {', '.join(names)}" if split_given else "one folder per class"
     return Reading(
-        index=class_index(data, rows),
+        index=class_index(data, rows, {path: name for path, name in groups.items() if name}),
         format="folders",
         note=layout + ("; their split is ignored" if split_given and how.resplit else ""),
         given_splits=tuple(SPLITS[n] for n in sorted(given)) if split_given and not how.resplit else (),
         problems=tuple(problems),
     )
+
+
+def _refuse_masks(root: Path) -> None:
+    """Pictures and their masks are no two classes."""
+    names = {folder.name.lower(): folder.name for folder in folders(root)}
+    images, masks = (next((names[n] for n in known if n in names), None) for known in (_IMAGES, _MASKS))
+    if images is not None and masks is not None and len(names) <= len(_IMAGES):
+        raise DataError(f"The folders {images} and {masks} are no classes.", where=str(root), next="of masks these layouts are read: "
+                        "ID/images/ and ID/masks/ with one file per object, COCO JSON, or YOLO polygons")  # fmt: skip
 
 
 def _places(data: Path, children: list[Path], given: dict[int, Path]) -> list[tuple[int, Path]]:

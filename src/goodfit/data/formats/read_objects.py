@@ -15,12 +15,16 @@ import numpy as np
 import numpy.typing as npt
 
 from goodfit.core.errors import DataError
-from goodfit.data.columns import NO_MASK, Blobs, Objects, Strings
+from goodfit.data.columns import NO_MASK, POLYGONS, Blobs, Objects, Strings
+from goodfit.data.formats.groups import group_names, group_numbers
 from goodfit.data.index import NO_GROUP, SPLITS, DatasetIndex
+from goodfit.data.masks import unpack_polygons
 from goodfit.data.reading import How, Problem, Reading, clean, is_image, split_number
 
 MAX_LABEL_BYTES = 10_000_000  # of one image's annotation file; the largest honest ones have some hundred kilobytes
 MASKS_SHARE = 0.95  # of the objects that must have a mask for masks to be learned where no task is asked for
+CLOSE = 1e-5  # of the largest coordinate: what 32 bits and six decimals may differ by
+RECTANGLE_BYTES = 8 + 5 * 8  # of one ring with five points at most, as pack_polygons has it
 _MAX_SHOWN = 60  # characters of a user's text within a message
 _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
@@ -192,6 +196,15 @@ class ObjectsBuilder:
         self.masks.append(mask)
         self.areas.append(area)
 
+    def num_masks(self) -> tuple[int, int]:
+        """How many objects have a mask, and of how many of these it is their box again, a polygon of four corners."""
+        masks = boxes = 0
+        for number, (kind, mask) in enumerate(zip(self.kinds, self.masks, strict=True)):
+            masks += kind != NO_MASK
+            if kind == POLYGONS and len(mask) <= RECTANGLE_BYTES:
+                boxes += _is_box(unpack_polygons(mask), np.array(self.boxes[4 * number : 4 * number + 4]))
+        return masks, boxes
+
     def build(
         self, files: Iterable[str], *, class_map: npt.NDArray[np.int64] | None, relative: bool, with_masks: bool,
         declared: Sequence[tuple[float, float]],
@@ -230,6 +243,15 @@ class ObjectsBuilder:
         )
 
 
+def _is_box(rings: list[npt.NDArray[np.float32]], box: npt.NDArray[np.float64]) -> bool:
+    """Whether polygons are the four corners of a box, and nothing else."""
+    if len(rings) != 1 or not 4 <= len(rings[0]) <= 5 or not np.isfinite(box).all():
+        return False
+    near = np.abs(rings[0][:, [0, 1, 0, 1]] - box) <= CLOSE * max(1.0, float(np.abs(box).max()))  # left, top, right, bottom
+    at_corner = (near[:, 0] | near[:, 2]) & (near[:, 1] | near[:, 3])
+    return bool(at_corner.all()) and len({(bool(right), bool(low)) for right, low in near[:, 2:]}) == 4
+
+
 @dataclass(slots=True)
 class Samples:
     """The samples found so far: path, split and annotation file of each, and their objects."""
@@ -239,14 +261,19 @@ class Samples:
     splits: list[int] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     sizes: list[tuple[float, float]] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)  # as annotations have them
     objects: ObjectsBuilder = field(default_factory=ObjectsBuilder)
 
-    def add(self, path: str, split: int, file: str, *, size: tuple[float, float] = (math.nan, math.nan)) -> int:
+    def add(
+        self, path: str, split: int, file: str, *, size: tuple[float, float] = (math.nan, math.nan), group: str = ""
+    ) -> int:
         """One more sample; returns its row.
 
         Args:
             size: Width and height that the annotation says, pixels.
+            group: What the annotation says of where it belongs to.
         """
+        self.groups.append(group)
         self.paths.append(path)
         self.splits.append(split)
         self.files.append(file)
@@ -272,12 +299,19 @@ class Samples:
             targets=np.full(len(splits), -1, np.int64),
             class_names=_distinct([clean(n) for n in class_names]),
             splits=splits,
-            groups=np.full(len(splits), NO_GROUP, np.int64),
+            groups=self._groups(how),
             objects=self.objects.build(self.files, class_map=class_map, relative=relative, with_masks=with_masks,
                                        declared=self.sizes),
         )  # fmt: skip
         given = tuple(s for i, s in enumerate(SPLITS) if (splits == i).any())
         return Reading(index=index, format=format, note=clean(note), given_splits=given, problems=tuple(problems))
+
+
+    def _groups(self, how: How) -> npt.NDArray[np.int64]:
+        """As the annotations have them, else by the paths; none where none were asked for."""
+        if how.group is None:
+            return np.full(len(self.paths), NO_GROUP, np.int64)
+        return group_numbers(self.groups if any(self.groups) else group_names(self.paths, how.group))
 
 
 def _distinct(names: Sequence[str]) -> tuple[str, ...]:
@@ -292,9 +326,13 @@ def _distinct(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(made)
 
 
-def wants_masks(how: How, masks: int, objects: int, where: str) -> tuple[bool, str]:
+def wants_masks(how: How, masks: int, objects: int, where: str, *, boxes: int = 0) -> tuple[bool, str]:
     """Whether the task is segmentation: as asked, else where nearly all objects have a mask, since those without are nothing that masks
     could be learned from. And what is to be said of it.
+
+    Args:
+        masks: Objects that have one.
+        boxes: Of these, the masks that are their boxes again, as some tools write them beside every box.
 
     Raises:
         DataError: the task asked for is none of boxes or masks, or there is no mask at all.
@@ -304,6 +342,8 @@ def wants_masks(how: How, masks: int, objects: int, where: str) -> tuple[bool, s
                         next="try: task=detect or task=segment")  # fmt: skip
     if how.task == "segment" and objects and not masks:
         raise DataError("There are boxes, but no masks.", where=where, next="try: task=detect")
+    if how.task is None and masks and boxes >= MASKS_SHARE * masks:
+        return False, "; the polygons are the boxes once more (task=segment learns them as masks)"
     with_masks = how.task == "segment" or (how.task is None and masks > 0 and masks >= MASKS_SHARE * objects)
     some = f"; {masks:,} of {objects:,} objects have a mask" if 0 < masks < objects and how.task != "detect" else ""
     left = "the others are dropped" if with_masks else "too few to learn them (task=segment drops the others)"

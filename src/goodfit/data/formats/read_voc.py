@@ -24,9 +24,9 @@ from goodfit.data.formats.read_objects import (
     wants_masks,
 )
 from goodfit.data.index import NO_SPLIT, SPLITS
-from goodfit.data.reading import How, Problem, Reading, folders, is_image, is_regular, problem
+from goodfit.data.reading import How, Problem, Reading, folders, is_image, is_regular, is_unread, problem, unread_picture
 
-_ANNOTATION_FOLDERS = ("annotations", "annotation", "xml", "xmls")
+_ANNOTATION_FOLDERS = ("annotations", "annotation", "xml", "xmls", "labels")
 _IMAGE_FOLDERS = ("jpegimages", "images", "image", "imgs", "img")
 _SETS = ("train", "val", "test", "trainval")
 _DECLARED = re.compile(rb"<\?xml[^>]*encoding\s*=\s*[\"']([A-Za-z0-9._-]+)[\"']")
@@ -167,6 +167,8 @@ class _Reader:
         stems = {p.stem: p for p in sorted(_xmls(place.annotations))}
         wanted = self._wanted(place, stems)
         by_stem = {Path(n).stem: n for n in reversed(self.listings.images(str(place.images)))}
+        files = [place.images / n for n in self.listings.names(str(place.images))]
+        unread = {p.stem: p for p in files if is_unread(p)}
         used = set()
         for stem, split in wanted:
             root, file = self._parse(stems[stem])
@@ -175,6 +177,9 @@ class _Reader:
             if path is not None:
                 used.add(path)
             if root is None:
+                continue
+            if path is None and stem in unread:
+                self.problems.append(unread_picture(self.samples.name(unread[stem]), unread[stem]))
                 continue
             if path is None:
                 self._bad("missing_image", file, "There is no image of this name.", lost=True)
@@ -254,7 +259,7 @@ class _Reader:
                 self._bad("bad_box", f"{file}:{position}", f"{shown(' '.join(texts))} is no box of four numbers.")
             else:
                 kind = self.classes.setdefault(name, len(self.classes))
-                difficult = (entry.findtext("difficult") or "").strip() == "1"
+                difficult = (entry.findtext("difficult") or "").strip() == "1" and self.how.crowds != "learn"
                 self.samples.objects.add(row, box, kind, position, crowd=difficult)
 
     def make_edges(self) -> bool:

@@ -28,7 +28,17 @@ from goodfit.data.formats.yolo_layout import (
     yamls,
 )
 from goodfit.data.index import SPLITS
-from goodfit.data.reading import How, Reading, clean, files_below, is_image, is_regular, problem
+from goodfit.data.reading import (
+    How,
+    Reading,
+    clean,
+    files_below,
+    is_image,
+    is_regular,
+    is_unread,
+    problem,
+    unread_picture,
+)
 
 _LIST_BYTES = 1_000_000_000
 
@@ -73,8 +83,8 @@ def read(data: Path, how: How) -> Reading:
         said = f": {first[0].item}: {first[0].message}" if first else "."
         raise DataError(f"No images were found{said}", where=str(layout.file or data),
                         next="check the folders that the yaml names: path, train and val")  # fmt: skip
-    masks = sum(k != NO_MASK for k in objects.kinds)
-    with_masks, some = wants_masks(how, masks, len(objects), str(data))
+    masks, boxes = objects.num_masks()
+    with_masks, some = wants_masks(how, masks, len(objects), str(data), boxes=boxes)
     names = _classes(layout.names, objects)
     what = "polygons" if with_masks else "boxes"
     return samples.reading(
@@ -121,7 +131,9 @@ class _Reader:
                 real = followed(seen)
                 if os.path.isdir(real):
                     for path in files_below(real):
-                        if is_image(path):
+                        if is_unread(path):
+                            self.unread(path, os.path.normpath(seen / path.relative_to(real)))
+                        elif is_image(path):
                             virtual = os.path.normpath(seen / path.relative_to(real))
                             found.setdefault(os.path.normpath(path), virtual)
                     if os.path.normpath(real) != os.path.normpath(seen):
@@ -136,6 +148,11 @@ class _Reader:
                             next="mend path or that line, paths start from the yaml's folder")  # fmt: skip
         self.problems.append(problem("missing_image", f"{self.samples.name(file or '')}:{name}",
                                      f"{shown(value)} does not exist: there is no {name} split of its own."))  # fmt: skip
+
+    def unread(self, path: Path, virtual: str) -> None:
+        """A picture of a kind that is not read; its label file belongs to it nevertheless."""
+        self.problems.append(unread_picture(self.samples.name(path), path))
+        self.used.update((label_path(virtual), f"{os.path.splitext(path)[0]}.txt"))
 
     def _read_list(self, file: Path, base: Path, found: dict[str, str]) -> None:
         try:

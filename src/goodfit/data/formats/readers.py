@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import ModuleType
 
-from goodfit.core.errors import DataError
+from goodfit.core.errors import DataError, RequestError
 from goodfit.data.formats import read_coco, read_folders, read_masks, read_table, read_text, read_voc, read_yolo
 from goodfit.data.reading import How, Reading, folders
 
@@ -16,6 +16,11 @@ READERS: dict[str, ModuleType] = {
 }  # fmt: skip
 TASKS = {"folders": ("classify",), "table": ("classify",), "text": ("text", "language"),
          "yolo": ("detect", "segment"), "voc": ("detect",), "coco": ("detect", "segment"), "masks": ("segment", "detect")}  # fmt: skip
+USED = {  # options of reading that mean something, by layout; the others know all that are for tables
+    "folders": ("group",), "yolo": ("group", "annotations", "encoding"), "voc": ("group", "encoding", "crowds"), "masks": ("group",),
+    "coco": ("group", "images", "annotations", "encoding", "crowds"),
+}  # fmt: skip
+_READING = ("image_column", "text_column", "label_column", "split_column", "group", "header", "images", "annotations", "encoding", "crowds")
 MAX_CHILDREN = 20  # folders that are looked into; more are classes
 _TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 _COMMON = ("folders", "text")  # an annotation format beside these tells more: its images or texts lie in folders anyway
@@ -32,7 +37,27 @@ def read_dataset(data: Path, how: How | None = None) -> Reading:
         raise DataError("There is no such file or folder.", where=str(data),
                         next="check the path: goodfit train FOLDER")  # fmt: skip
     name = how.format or recognise(data, how)
+    _refuse_unused(name, how)
     return READERS.get(name, read_text).read(data, how)  # the text formats have names of their own
+
+
+def _refuse_unused(name: str, how: How) -> None:
+    """Nothing that was asked for is silently ignored.
+
+    Raises:
+        RequestError: an option means nothing for this layout.
+        DataError: the task is none that its annotations are for.
+    """
+    used = USED.get(name)
+    if used is None:  # tables and texts
+        return
+    unused = [option for option in _READING if getattr(how, option) is not None and option not in used]
+    if unused:
+        raise RequestError(f"{unused[0]}= means nothing for a dataset of the layout {name}.", where=f"{unused[0]}=",
+                           next=f"leave it out; for {name} there are {', '.join(f'{option}=' for option in used)}")  # fmt: skip
+    if how.task is not None and how.task not in TASKS[name]:
+        raise DataError(f"A dataset of the layout {name} has nothing for the task {how.task}.", where="task=",
+                        next=" or ".join(f"task={task}" for task in TASKS[name]))  # fmt: skip
 
 
 def recognise(data: Path, how: How) -> str:
@@ -54,6 +79,11 @@ def recognise(data: Path, how: How) -> str:
         if telling[0] in _COMMON and data.is_dir():
             _refuse_several(data)
         return telling[0]
+    others = [name for name, reader in READERS.items() if name not in fits and reader.recognise(data) is not None]
+    if others:
+        name = next((n for n in others if n not in _COMMON), others[0])
+        raise DataError(f"This is {READERS[name].recognise(data)}, which has nothing for the task {how.task}.", where=str(data),
+                        next=" or ".join(f"task={task}" for task in TASKS[name]))  # fmt: skip
     if data.suffix.lower() in _TABLE_SUFFIXES:
         return "table"  # whose reader says best what is missing, as the reader of folders does for folders
     _refuse_unknown(data)

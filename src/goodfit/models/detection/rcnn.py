@@ -15,6 +15,7 @@ from torch import nn
 from goodfit.models.detection.choose import Found
 from goodfit.models.detection.family import Family, Terms, listed, shape_of, unmoved_random
 from goodfit.models.detection.pyramid import Pyramid
+from goodfit.models.detection.retinanet import level_anchors
 from goodfit.models.detection.transfer import ClassLayer
 from goodfit.runtime.detections import Selection
 
@@ -50,7 +51,7 @@ class RcnnNetwork(nn.Module):
         anchors = AnchorGenerator(sizes, (RATIOS,) * len(sizes))
         counts = {"training": proposals, "testing": proposals}
         self.rpn = RegionProposalNetwork(
-            anchors, RPNHead(channels, 2 * len(RATIOS)), 0.7, 0.3, 256, 0.5, counts, counts, 0.7
+            _Anchors(anchors, pyramid.strides), RPNHead(channels, 2 * len(RATIOS)), 0.7, 0.3, 256, 0.5, counts, counts, 0.7
         )
         layers = [ClassLayer("roi_heads.box_predictor.cls_score", background=True),
                   ClassLayer("roi_heads.box_predictor.bbox_pred", background=True, inner=4)]  # fmt: skip
@@ -113,6 +114,19 @@ def _roi_align(strides: Sequence[int], side: int, points: int) -> nn.Module:
     made.scales = [2.0**-level for level in levels]
     made.map_levels = initLevelMapper(levels[0], levels[-1])
     return made
+
+
+class _Anchors(nn.Module):
+    """The anchors of every image, a stride apart (see `level_anchors`)."""
+
+    def __init__(self, generator: nn.Module, strides: tuple[int, ...]) -> None:
+        super().__init__()
+        self.generator, self.strides = generator, strides
+
+    def forward(self, images: Any, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """One tensor of shape (A, 4) for all images, as torchvision's generator gives each its own. images: an `ImageList`."""
+        made = level_anchors(self.generator, self.strides, shape_of(images.tensors), maps[0].device)
+        return [made] * len(images.image_sizes)
 
 
 class _InGroups(nn.Sequential):
@@ -181,8 +195,16 @@ class Rcnn(Family):
         targets = listed(batch["boxes"], batch["classes"], first_class=1)
         if self.has_masks:
             for target, masks, classes in zip(targets, batch["masks"], batch["classes"], strict=True):
-                target["masks"] = masks[: int((classes >= 0).sum())]
+                target["masks"] = _centred(masks[: int((classes >= 0).sum())])
         return targets
+
+
+def _centred(masks: torch.Tensor) -> torch.Tensor:
+    """Masks as the library's loss has to be given them. It reads them without `aligned`: the value of pixel k at the place k, whose
+    middle lies at k + 0.5, so that what is learned lies half a pixel too far to the left and up. Each pixel becomes the mean of
+    itself and those to its left and above. masks: shape (G, height, width)."""
+    padded = nn.functional.pad(masks.float(), (1, 0, 1, 0))
+    return nn.functional.avg_pool2d(padded.unsqueeze(1), 2, 1).squeeze(1)
 
 
 def _weighed(losses: dict[str, torch.Tensor], num: int) -> Terms:

@@ -44,12 +44,15 @@ class RetinaNetwork(nn.Module):
         return {"cls_logits": made["cls_logits"], "bbox_regression": made["bbox_regression"]}
 
 
-def level_anchors(model: Any, strides: tuple[int, ...], shape: Shape, device: torch.device) -> torch.Tensor:
-    """The anchors of an input from a network's `anchors`, levels one after another, shape (A, 4)."""
-    from torchvision.models.detection.image_list import ImageList
+def level_anchors(anchors: Any, strides: tuple[int, ...], shape: Shape, device: torch.device) -> torch.Tensor:
+    """The anchors of an input from torchvision's generator, levels one after another, shape (A, 4).
 
-    maps = [torch.empty(1, 1, -(-shape[0] // s), -(-shape[1] // s), device=device) for s in strides]
-    made: torch.Tensor = model.anchors(ImageList(torch.empty(1, 3, *shape, device=device), [shape]), maps)[0]
+    They are a stride apart, as a convolution's places are. The generator itself divides the input by the places, which is less than the
+    stride where that does not divide the input: 60 pixels for a stride of 64 over 480.
+    """
+    anchors.set_cell_anchors(torch.float32, device)
+    places = [[-(-side // stride) for side in shape] for stride in strides]
+    made: torch.Tensor = torch.cat(anchors.grid_anchors(places, [[stride] * 2 for stride in strides]))
     return made
 
 
@@ -73,7 +76,7 @@ class RetinaNet(OneStage):
 
         network: Any = model
         outputs = {name: made.float() for name, made in outputs.items()}
-        anchors = level_anchors(network, self.strides, shape, boxes.device)
+        anchors = level_anchors(network.anchors, self.strides, shape, boxes.device)
         matcher, targets = Matcher(FOREGROUND, BACKGROUND, allow_low_quality_matches=True), listed(boxes, classes)
         matched = [
             matcher(box_iou(t["boxes"], anchors))
@@ -90,6 +93,7 @@ class RetinaNet(OneStage):
         from torchvision.models.detection._utils import BoxCoder
 
         offsets, logits = outputs["bbox_regression"].float(), outputs["cls_logits"].float()
-        anchors = level_anchors(model, self.strides, shape, offsets.device)
+        network: Any = model
+        anchors = level_anchors(network.anchors, self.strides, shape, offsets.device)
         boxes = decoded(BoxCoder(weights=(1.0, 1.0, 1.0, 1.0)), offsets, anchors)
         return cut_at_edges(boxes, shape), torch.sigmoid(logits)

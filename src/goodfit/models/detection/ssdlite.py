@@ -65,7 +65,8 @@ class Ssdlite(OneStage):
         from torchvision.ops import box_iou
 
         outputs = {name: made.float() for name, made in outputs.items()}
-        anchors = level_anchors(model, self.strides, shape, boxes.device)
+        network: Any = model
+        anchors = level_anchors(network.anchors, self.strides, shape, boxes.device)
         targets, matcher = listed(boxes, classes, first_class=1), SSDMatcher(MATCHED)
         none = torch.full((len(anchors),), -1, device=boxes.device)
         matched = [matcher(box_iou(t["boxes"], anchors)) if len(t["boxes"]) else none for t in targets]
@@ -84,6 +85,8 @@ class Ssdlite(OneStage):
         """Boxes (N, A, 4) and scores (N, A, C)."""
         from torchvision.models.detection._utils import BoxCoder
 
+        network: Any = model
         offsets = outputs["bbox_regression"].float()
-        boxes = decoded(BoxCoder(WEIGHTS), offsets, level_anchors(model, self.strides, shape, offsets.device))
+        anchors = level_anchors(network.anchors, self.strides, shape, offsets.device)
+        boxes = decoded(BoxCoder(WEIGHTS), offsets, anchors)
         return cut_at_edges(boxes, shape), outputs["cls_logits"].float().softmax(dim=-1)[..., 1:]
