@@ -11,7 +11,7 @@ from goodfit.core.safeio import write_json
 from goodfit.engine.checkpoint import tensors_sha256
 
 
-def hashes(run: Any, parts: Any, checkpoints: Any, _journal: Any) -> dict[str, str]:
+def hashes(run: Any, parts: Any, checkpoints: Any, *_: Any) -> dict[str, str]:
     """The hashes that result.json has, of the last state and of the best weights."""
     load_best(parts, checkpoints)
     return {"state_sha256": tensors_sha256(checkpoints.latest().files),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from goodfit.engine.evaluate import evaluate
 from goodfit.engine.loop import fit
 from goodfit.engine.state import copy_buffers
 from goodfit.engine.step import train_step
+from goodfit.outcome.export import NotExportable
 from goodfit.outcome.torch_predictor import TorchPredictor, check_torch_bundle
 from goodfit.planning.rehearsal import Rehearsal, RehearsalError
 from goodfit.runtime import Predictor
@@ -93,6 +95,24 @@ def test_a_detector_is_trained_tested_and_bundled(finished):
 def test_the_report_is_read_in_a_browser(finished, tmp_path):
     assert check_page(finished.path / "report.html", tmp_path / "profile") >= 4
     check_page(finished.path / "audit.html", tmp_path / "profile")
+
+
+def test_a_network_that_does_not_become_onnx_after_training_is_served_by_torch(finished, tmp_path, monkeypatch):
+    """As where its rehearsal, which would have said so before, was left out."""
+    run = tmp_path / "run"
+    shutil.copytree(finished.path, run, symlinks=True)
+    shutil.rmtree(run / "bundle")
+    for name in ("result.json", "report.html"):
+        (run / name).unlink()
+
+    def refuse(*_, **__):
+        raise NotExportable("The network cannot be exported to ONNX: it is not in the mood.")
+
+    monkeypatch.setattr("goodfit.outcome.detector_export.write_onnx", refuse)
+    again = goodfit.resume(run)
+    assert json.loads((again.bundle / "bundle.json").read_text())["needs"] == "torch" and again.result["status"] == "done"
+    (told,) = [e["text"] for e in again.events if e["event"] == "stage" and e["name"] == "bundle" and "by torch" in e["text"]]
+    assert "not in the mood" in told and again.result["metrics"]["test"] == finished.result["metrics"]["test"]
 
 
 def test_the_bundle_finds_in_pixels_of_the_picture(finished, scenes, tmp_path):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +14,12 @@ import torch
 import goodfit
 from goodfit.api.assemble import assemble, execution
 from goodfit.api.finish import load_best
+from goodfit.api.train import continue_from
 from goodfit.core.errors import OutOfMemory, StorageError, TrainingError
 from goodfit.core.journal import Journal
 from goodfit.engine.checkpoint import Checkpoints, restore, tensors_sha256
+from goodfit.engine.clock import Clock
+from goodfit.engine.epoch import Epoch
 from goodfit.engine.loop import fit
 from goodfit.engine.optimizer import optimizer_tensors
 from goodfit.engine.stop import StopFlag
@@ -360,3 +365,71 @@ def test_the_averaged_weights_are_validated_and_kept(bars, tmp_path):
     last = checkpoints.latest().files
     assert not torch.equal(last["ema"]["conv1.0.weight"], last["model"]["conv1.0.weight"])
     assert not torch.equal(last["ema"]["bn1.running_var"], last["model"]["bn1.running_var"])
+
+
+def test_a_save_that_cannot_wait_is_tried_again(bars, tmp_path, monkeypatch):
+    """The last of a run, on a disk that is full for some seconds; not where permission is denied."""
+    monkeypatch.setattr("goodfit.engine.loop.RETRY_SECONDS", 0.0)
+    plain, failed, cause = Checkpoints._write, [], [OSError(errno.ENOSPC, "full")]
+
+    def write(self, snapshot):
+        if snapshot.progress["finished"] and len(failed) < 2:
+            failed.append(snapshot.name)
+            raise StorageError("The disk is full.") from cause[0]
+        return plain(self, snapshot)
+
+    monkeypatch.setattr(Checkpoints, "_write", write)
+    parts = parts_of(bars, epochs=2)
+    assert run_fit(parts, tmp_path / "c").latest().progress["finished"] and len(failed) == 2
+    failed.clear()
+    cause[0] = OSError(errno.EACCES, "denied")
+    with pytest.raises(StorageError):
+        run_fit(parts_of(bars, epochs=2), tmp_path / "d")
+    assert len(failed) == 1
+
+
+def test_a_damaged_best_state_does_not_keep_a_run_from_its_end(bars, tmp_path):
+    """The newest checkpoint takes its place where it was validated; where it was not, the next validation finds another."""
+    parts, journal = parts_of(bars, epochs=4), Journal(tmp_path / "events.jsonl")
+    checkpoints = run_fit(parts, tmp_path / "checkpoints", journal)
+    progress = parts.state.progress
+    best = dict(progress.best)
+    journal.close()
+    other = {**best, "step": 1}  # a state that is not there
+    for place, finished in ((other, True), (other, False)):
+        again = parts_of(bars, epochs=4)
+        snapshot = Checkpoints(tmp_path / "checkpoints", {}).latest()
+        snapshot.progress["best"] = snapshot.progress["reference"] = place
+        if not finished:
+            snapshot.progress["position"] = 16
+        opened = Checkpoints(tmp_path / "checkpoints", {})
+        opened.latest = lambda snapshot=snapshot: snapshot
+        said = []
+        record = Journal(None, (lambda event, said=said: said.append(event.get("text", "")),))
+        continue_from(again, opened, record, tmp_path / "events.jsonl")
+        found = again.state.progress
+        if finished:
+            assert found.finished and (found.best["step"], found.reference["step"]) == (progress.step, progress.step)
+            assert found.best["metrics"]["accuracy"] >= 0 and found.best["value"] == found.best["metrics"][again.settings.monitor]
+            load_best(again, opened)
+        else:
+            assert found.best is None and not found.finished
+        assert sum("is damaged" in text for text in said) == 2, said
+    assert checkpoints.load_best(progress).progress["step"] == best["step"]
+
+
+def test_memory_that_runs_out_in_an_epoch_is_no_part_of_what_comes_after_its_steps(monkeypatch):
+    """What an epoch took before memory ran out is its steps', not time to be kept for every validation."""
+    now = [0.0]
+    monkeypatch.setattr("goodfit.engine.clock.time.monotonic", lambda: now[0])
+    epoch = Epoch(SimpleNamespace(step=0), Journal(None), Clock())
+    context = SimpleNamespace(device=SimpleNamespace(peak_memory=lambda: 0))
+    for again in (False, True):
+        epoch.start(again=again)
+        epoch._samples += 90 if not again else 10
+        now[0] += 9.0 if not again else 1.0
+    found = epoch.finish(context)
+    assert found["train_seconds"] == 10.0 and found["samples_per_second"] == 10.0
+    epoch.start()
+    now[0] += 2.0
+    assert epoch.finish(context)["train_seconds"] == 2.0

@@ -145,8 +145,9 @@ def test_the_moving_average_is_the_closed_sum_over_its_moves_also_masked_and_res
             state = make_state(ema=decay, dtype=dtype)
             restore(state, checkpoints.latest())
         one_step(state, step, bad=step in masked)
-        if (step + 1) % every == 0 and step not in masked:
-            moves.append(min(decay, (1 + step) / (10 + step)) ** every)
+        now = every if step >= every else 1
+        if (step + 1) % now == 0 and step not in masked:
+            moves.append(min(decay, (1 + step) / (10 + step)) ** now)
             seen.append({name: value.clone() for name, value in state.model.state_dict().items()})
     assert moves and (every == 1 or len(moves) < 30)
     for name, average in state.ema.model.state_dict().items():

@@ -217,8 +217,8 @@ def test_ema_equals_the_formula():
         with torch.no_grad():
             for tensor in [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]:
                 tensor += torch.randn_like(tensor) * 0.1
-        if step % 2 == 1:  # a tenth of the horizon of 20 steps: every second step, by the decay of two
-            decay = min(0.95, (1 + step) / (10 + step)) ** 2
+        if step < 2 or step % 2 == 1:  # a tenth of the horizon of 20 steps: every second step, by the decay of two; the first two singly
+            decay = min(0.95, (1 + step) / (10 + step)) ** (1 if step < 2 else 2)
             for name, value in model.state_dict().items():
                 expected[name] = decay * expected[name] + (1 - decay) * value if value.is_floating_point() else value
         ema.update(model, step, torch.tensor(False), reads_are_free=step % 4 == 3)  # both paths
@@ -239,7 +239,7 @@ def test_the_average_moves_ten_times_in_its_horizon_and_at_least_every_sixteen_s
         ema.update(model, step, torch.tensor(False), reads_are_free=True)
         if any(not torch.equal(before[name], value) for name, value in ema.model.state_dict().items()):
             moved.append(step + 1)
-    assert moved == list(range(every, 33, every))
+    assert moved == [*range(1, every + 1), *range(2 * every, 33, every)]  # the first one by one
 
 
 class Images(nn.Module):

@@ -41,7 +41,7 @@ PUBLIC = [
 OPTIONS = [
     "data", "model", "pretrained", "epochs", "time", "batch", "imgsz", "device", "seed", "project", "name",
     "exist_ok", "latency", "latency_threads", "plan", "task", "format", "image_column", "text_column", "label_column",
-    "split_column", "group", "header", "encoding", "images", "annotations", "labels", "like", "resplit", "split",
+    "split_column", "group", "twins", "header", "encoding", "images", "annotations", "crowds", "labels", "like", "resplit", "split",
     "split_seed", "fraction", "max_bad", "suspects", "cache", "workers", "prefetch", "max_det", "augment", "policy", "erase",
     "close_augment", "flip", "mixup", "cutmix", "mosaic", "copy_paste", "scale", "multi_scale", "progressive", "balance", "optimizer", "lr",
     "lr_find", "head_lr", "layer_decay", "freeze", "unfreeze", "weight_decay", "momentum", "schedule", "warmup",

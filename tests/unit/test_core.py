@@ -18,7 +18,7 @@ from goodfit.config.parse import parse_request
 from goodfit.core import safeio
 from goodfit.core.errors import RequestError, StorageError
 from goodfit.core.history import SECONDS, metrics_rows, stage_found
-from goodfit.core.journal import Journal, read_events, read_lines
+from goodfit.core.journal import PATIENCE, Journal, read_events, read_lines
 from goodfit.core.lock import run_lock
 from goodfit.core.random import derive_seed, hash64, permutation, stream, uniform
 
@@ -178,8 +178,20 @@ def test_a_full_disk_is_said_as_one_and_no_line_is_cut(tmp_path, monkeypatch):
     def full(descriptor, data):
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    whole = os.write
     monkeypatch.setattr(os, "write", full)
-    with pytest.raises(StorageError, match="space"):
+    now = [1000.0]
+    monkeypatch.setattr("goodfit.core.journal.time.monotonic", lambda: now[0])
+    journal.emit("step", loss=0.25)
+    now[0] += PATIENCE - 1
+    journal.emit("step", loss=0.125)
+    monkeypatch.setattr(os, "write", whole)
+    journal.emit("step", loss=0.0625)
+    assert [e["loss"] for e in read_lines(tmp_path / "events.jsonl")] == [0.5, 0.25, 0.125, 0.0625], "nothing was lost"
+    monkeypatch.setattr(os, "write", full)
+    journal.emit("step", loss=0.5)
+    now[0] += PATIENCE + 1
+    with pytest.raises(StorageError, match="the disk is full"):
         journal.emit("step", loss=0.5)
     with pytest.raises(StorageError, match="kept whole"), recorded(journal, tmp_path):
         raise StorageError("the disk is full; kept whole", next="goodfit resume RUN and look at PRUNED/RUNS")

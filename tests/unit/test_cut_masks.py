@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from goodfit.data.columns import POLYGONS
 from goodfit.data.masks import draw_mask, outline_mask, pack_polygons
 from goodfit.data.scenes import Paste
 from goodfit.metrics.coco import ImageObjects, evaluate_numpy
+from goodfit.metrics.detection import DetectionMeter
 from goodfit.runtime.masks import CutMask, as_rle, cut_mask, mask_overlaps, paste_mask
 
 SIZE = (60, 40)
@@ -136,3 +138,21 @@ def test_masks_go_where_pixels_go(mirrored):
         Paste(0, (0, 0, 8, 6), (2, 1, 4, 3), mirrored).mask(CutMask(0, 0, np.zeros((0, 0), bool)), np.ones(2), smaller)
         is None
     )
+
+
+def test_a_mask_whose_box_reaches_into_the_bars_is_not_squeezed():
+    """A picture of 100 × 50 pixels in the middle of 100 × 100; an object at its upper edge, whose box begins ten pixels above it."""
+    probabilities = np.zeros((30, 30))
+    probabilities[10:] = 1.0  # the bar is no object
+    outputs = {"boxes": torch.tensor([[[20.0, 15.0, 50.0, 45.0]]]), "scores": torch.tensor([[0.9]]), "classes": torch.tensor([[0]]), "terms": {},
+               "masks": torch.tensor(probabilities)[None, None]}  # fmt: skip
+    true = np.zeros((50, 100), bool)
+    true[:20, 20:50] = True
+    meter = DetectionMeter(1, masks=True, keep=True)
+    meter.update(outputs, {
+        "place": torch.tensor([[1.0, 1.0, 0.0, 25.0]]), "size": torch.tensor([[100.0, 50.0]]), "true_boxes": torch.tensor([[[20.0, 0.0, 50.0, 20.0]]]),
+        "true_classes": torch.tensor([[0]]), "crowd": torch.tensor([[False]]), "true_masks": [[cut_mask(true)]]})  # fmt: skip
+    assert meter.images[0].boxes.tolist() == [[20.0, 0.0, 50.0, 20.0]]
+    assert float(meter.masked[0].overlaps[0, 0]) > 0.9
+    squeezed = paste_mask(probabilities, (20.0, 0.0, 50.0, 20.0), (100, 50))
+    assert mask_overlaps([squeezed], [cut_mask(true)], np.array([False]))[0, 0] < 0.7

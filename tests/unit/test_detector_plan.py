@@ -11,19 +11,20 @@ from goodfit.api import detect_decide
 from goodfit.api.demo import write_scenes
 from goodfit.api.detect_parts import assemble_detector
 from goodfit.api.prepare import read_and_audit
-from goodfit.config.detect import detector_batches, few_passes, resolve_detect
+from goodfit.config.detect import detector_batches, resolve_detect
 from goodfit.config.detector import COCO_DETECTORS, coco_detector, resolve_detector
 from goodfit.config.facts import FirstStep
 from goodfit.config.measured import BatchCost, Measured
 from goodfit.config.parse import parse_request
 from goodfit.config.plan import Plan
 from goodfit.config.request import TrainRequest
-from goodfit.config.resolve import data_decisions
+from goodfit.config.resolve import data_decisions, resolve
+from goodfit.config.time_rules import few_passes
 from goodfit.core.errors import RequestError
 from goodfit.core.journal import Journal
 from goodfit.data.loader import row_of
 from goodfit.data.objects import repeat_factors
-from plans import facts_of
+from plans import facts_of, plan_of
 from tiny_detr import write_tiny
 
 
@@ -108,6 +109,47 @@ def test_a_time_sets_the_size_of_the_input_and_leaves_out_a_rehearsal_that_would
     assert plan(slow, time=3600.0).imgsz.value == 640 and plan(slow, time=3600.0).rehearse.value
 
 
+def test_the_input_may_be_larger_than_pictures_whose_objects_are_small():
+    """Of 320 pixels, whose smaller objects have 5: at 640 they have 10."""
+    small = facts(median_side=320)
+    small = replace(small, data=replace(small.data, object_side=0.016))
+    made = plan(small).imgsz
+    assert made.value == 640 and "10 pixels of the input; pictures of 320 px, enlarged" in made.reason
+    tiny = replace(small, data=replace(small.data, median_side=96))
+    assert plan(tiny).imgsz.value == 192, "twice their side at most"
+    large = replace(small, data=replace(small.data, object_side=0.2))
+    assert plan(large).imgsz.value == 320 and "enlarged" not in plan(large).imgsz.reason
+
+
+def test_grey_pictures_of_one_class_are_mirrored():
+    assert plan(facts(grey_share=1.0)).flip.value == 0.0
+    found = plan(facts(grey_share=1.0, num_classes=1)).flip
+    assert found.value == 0.5 and "one class" in found.reason
+
+
+def test_what_hangs_on_the_preset_is_decided_anew_with_another_preset():
+    made = facts()
+
+    def again(base, **asked):
+        request = TrainRequest(**asked)
+        name, pretrained = resolve_detector(request, made.data, made.machine)
+        decided = {**data_decisions(request, made.data, None), "model": replace(name, value="fcos/resnet18"), "pretrained": pretrained,
+                   "weights": replace(name, value=""), "task": replace(name, value="detect")}  # fmt: skip
+        return resolve_detect(request, made, decided, base)
+
+    plain, strong, off = plan(made), plan(made, augment="strong"), plan(made, augment="off")
+    assert (plain.mosaic.value, strong.mosaic.value, off.flip.value) == (0.0, 0.5, 0.0)
+    assert again(plain, augment="strong").mosaic.value == 0.5 and again(strong).mosaic.value == 0.5
+    assert again(strong, augment="off").mosaic.value == again(strong, augment="off").flip.value == 0.0
+    assert again(off, augment="standard").flip.value == 0.5 and again(off, augment="standard").close_augment.value > 0
+    assert plan(made, augment="off").close_augment.value == 0 < plan(made, augment="off", multi_scale=0.3).close_augment.value
+    asked = plan(made, augment="off", flip=0.3)
+    assert again(asked, augment="strong").flip.value == 0.3, "what was asked for then stays"
+    assert plan_of(augment="off").flip.value == 0.0
+    kept = resolve(TrainRequest(augment="standard"), facts_of(), plan_of(augment="strong"))
+    assert kept.mixup.value == 0.0 and kept.policy.value == "off" and kept.balance == plan_of(augment="strong").balance
+
+
 def test_pictures_of_rare_classes_are_repeated_if_that_is_asked_for():
     found = plan(facts(smallest_class=10, largest_class=300)).balance
     assert found.value == "off" and "30.0 times" in found.reason
@@ -189,7 +231,5 @@ def test_the_transformer_is_taken_if_it_can_be_had(there, tmp_path, monkeypatch)
 
 
 def test_classifiers_refuse_what_is_for_detectors():
-    from plans import plan_of
-
     with pytest.raises(RequestError, match="max_det"):
         plan_of(max_det=10)

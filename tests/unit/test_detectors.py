@@ -6,15 +6,19 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torchvision.models.detection.image_list import ImageList
 
 from boxes import SHAPE, scene_batch, targets
 from goodfit.config.detector import FAMILIES as ALL_FAMILIES
 from goodfit.models.detection.build import make_family, make_network
 from goodfit.models.detection.choose import choose_objects
 from goodfit.models.detection.fcos import Fcos
+from goodfit.models.detection.rcnn import _centred
+from goodfit.models.detection.retinanet import level_anchors
 from goodfit.outcome.detector_export import export_detector, traced_problem
 from goodfit.runtime.detections import Selection, box_iou, select_objects, suppress_doubles
 from goodfit.runtime.letterbox import Letterbox
+from goodfit.runtime.masks import paste_mask
 from goodfit.tasks.detect import DetectTask
 
 FAMILIES = [name for name in ALL_FAMILIES if name != "detr"]  # those over a pyramid; test_detr.py has the others
@@ -326,3 +330,61 @@ def test_onnx_runtime_computes_what_every_one_stage_family_does(name, tmp_path):
             assert mine.shape == theirs.shape and np.abs(mine - theirs.numpy()).max() < 1e-3 * max(
                 1.0, float(theirs.abs().max())
             )
+
+
+# what the library does otherwise
+
+
+def disc(centre, radius, side=48):
+    y, x = np.mgrid[:side, :side] + 0.5
+    return np.hypot(x - centre[0], y - centre[1]) < radius
+
+
+def shift_of(masks, box, wanted):
+    """How far off, pixels, a mask lies that was learned without a mistake from what torchvision's loss projects into a box."""
+    from torchvision.models.detection.roi_heads import project_masks_on_boxes
+
+    boxes = torch.tensor([box])
+    target = project_masks_on_boxes(masks, boxes, torch.tensor([0]), 28)
+    found = paste_mask(target[0].numpy(), box, (48, 48)).whole((48, 48))
+    middles = [np.argwhere(mask).mean(axis=0) + 0.5 for mask in (found, wanted)]
+    union = (found | wanted).sum()
+    return np.abs(middles[0] - middles[1]).max(), (found & wanted).sum() / union
+
+
+@pytest.mark.parametrize("radius", [3.0, 5.0, 9.0])
+@pytest.mark.parametrize("centre", [(20.0, 24.0), (20.5, 24.5), (23.3, 19.8)])
+def test_masks_are_learned_where_they_lie(radius, centre):
+    """A small disc in a box of half as much again: the library's reading alone puts it half a pixel to the left and up."""
+    wanted = disc(centre, radius)
+    box = [centre[0] - 1.6 * radius, centre[1] - 1.4 * radius, centre[0] + 1.4 * radius, centre[1] + 1.6 * radius]
+    masks = torch.from_numpy(wanted[None].astype(np.uint8))
+    apart, overlap = shift_of(_centred(masks), box, wanted)
+    theirs, less = shift_of(masks.float(), box, wanted)
+    assert apart < 0.2 and overlap > less and overlap > (0.85 if radius < 4 else 0.93)
+    assert theirs > 0.35
+    assert _centred(torch.zeros(0, 48, 48, dtype=torch.uint8)).shape == (0, 48, 48)
+
+
+@pytest.mark.parametrize("family", ["fcos", "retinanet", "ssdlite", "fasterrcnn"])
+def test_places_are_a_stride_apart_also_where_it_does_not_divide_the_input(family):
+    """480 pixels are seven and a half strides of 64: convolutions stand at 0, 64, ..., 448, torchvision's anchors at 0, 60, ..., 420."""
+    shape, strides = (480, 640), (8, 16, 32, 64, 128)
+    net = network(levels=5, family=family)
+    if family == "fcos":
+        middles = Fcos(strides=strides).places(shape, torch.device("cpu"))[0]
+        each = 1
+    elif family == "fasterrcnn":
+        maps = [torch.zeros(1, 8, -(-shape[0] // s), -(-shape[1] // s)) for s in strides]
+        (anchors,) = net.rpn.anchor_generator(ImageList(torch.zeros(1, 3, *shape), [shape]), maps)
+        middles, each = (anchors[:, :2] + anchors[:, 2:]) / 2, net.rpn.anchor_generator.generator.num_anchors_per_location()[0]
+    else:
+        anchors = level_anchors(net.anchors, strides, shape, torch.device("cpu"))
+        middles, each = (anchors[:, :2] + anchors[:, 2:]) / 2, net.anchors.num_anchors_per_location()[0]
+    start = 0
+    for stride in strides:
+        rows, columns = -(-shape[0] // stride), -(-shape[1] // stride)
+        part = middles[start : start + rows * columns * each]
+        assert part[:, 1].max() == (rows - 1) * stride and part[:, 0].max() == (columns - 1) * stride, stride
+        start += len(part)
+    assert start == len(middles)

@@ -282,7 +282,7 @@ def test_the_book_of_masks_forgets(tmp_path, monkeypatch):
     notes = [
         {"id": n, "image_id": n % 2, "category_id": 3, "bbox": [4, 4, 8, 8], "segmentation": SQUARE} for n in range(9)
     ]
-    index = sized(read_coco.read(coco(tmp_path / "set", annotations=notes), How()).index)
+    index = sized(read_coco.read(coco(tmp_path / "set", annotations=notes), How(task="segment")).index)
     book = MaskBook(index)
     for number in [*range(9), *range(9)]:
         assert book.get(int(index.objects.rows[number]), number).area == 64

@@ -194,10 +194,11 @@ def test_measuring_the_pace_leaves_the_run_as_it_was(make_images, tmp_path):
 def test_a_time_that_holds_too_little_is_told_before_training():
     """Steps of 4 s and validations of 36 s: two minutes, of which plan and rehearsal took 79 s, leave nothing worth having."""
 
-    def told(seconds, *, spent=79.0, step=0, paces=({"step": 3.9, "data": 0.1},)):
+    def told(seconds, *, spent=79.0, step=0, paces=({"step": 3.9, "data": 0.1},), sample=0.0):
         run = SimpleNamespace(events=[{"event": "stage", "name": "pace", "pace": pace} for pace in paces])
         parts = SimpleNamespace(
-            state=SimpleNamespace(progress=SimpleNamespace(step=step)), train=SimpleNamespace(steps_per_epoch=11)
+            state=SimpleNamespace(progress=SimpleNamespace(step=step)), train=SimpleNamespace(steps_per_epoch=11, batch=8),
+            plan=SimpleNamespace(sample_seconds=sample),
         )
         budget = TimeBudget(seconds=seconds, used=spent, reserve=20.0, rest_seconds=36.0)
         return too_little_time(run, parts, budget)
@@ -206,3 +207,4 @@ def test_a_time_that_holds_too_little_is_told_before_training():
         120.0
     ) and "time=22m would hold 15" in told(120.0)
     assert "about 6 steps" in told(160.9) and told(900.0) == "" == told(120.0, step=5) == told(120.0, paces=())
+    assert "about 6 steps" in told(160.9, paces=(), sample=0.5), "by the first step, where no pace was measured"

@@ -274,9 +274,9 @@ def test_masks_are_learned_where_nearly_all_objects_have_one(tmp_path):
     """What has none would become background; boxes of all are worth more."""
 
     def read(masked, whole, **how):
-        square = [[1, 1, 9, 1, 9, 9, 1, 9]]
+        ring = [[1, 1, 9, 1, 9, 9, 5, 7, 1, 9]]
         base = {"image_id": 0, "category_id": 3, "bbox": [1, 1, 8, 8]}
-        notes = [{**base, "id": k, "segmentation": square if k < masked else []} for k in range(whole)]
+        notes = [{**base, "id": k, "segmentation": ring if k < masked else []} for k in range(whole)]
         return read_coco.read(coco(tmp_path / f"{masked}-{whole}", annotations=notes), How(**how))
 
     assert read(60, 100).index.task == read(94, 100).index.task == "detect"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -72,6 +73,17 @@ def test_a_mosaic_holds_four_pictures_and_their_boxes():
     assert len(seen_rows) > 3
 
 
+def test_objects_of_a_mosaic_are_as_large_as_they_are_served():
+    """160 × 120 pixels are served at 0.8; a mosaic's tiles would shrink them to 0.4 and less."""
+    scales = []
+    for sample in range(200):
+        pastes = compose(ScenePreset(mosaic=1.0, zoom=0.3), seed=3, epoch=0, sample=sample, row=0, rows=np.arange(4), sizes=np.array([[160, 120]] * 4),
+                         shape=(96, 128), flip=0.5)  # fmt: skip
+        scales += [float(p.scale(np.ones(2))[0]) for p in pastes if p.source[2] - p.source[0] > 20]
+        assert sum((p.target[2] - p.target[0]) * (p.target[3] - p.target[1]) for p in pastes) == 96 * 128, "tiles are filled"
+    assert 0.75 < np.mean(scales) < 0.9 and min(scales) > 0.5
+
+
 def test_a_scene_is_a_function_of_its_key():
     def made(**other):
         key = {"seed": 0, "epoch": 0, "sample": 5, **other}
@@ -80,6 +92,35 @@ def test_a_scene_is_a_function_of_its_key():
 
     assert made() == made()
     assert made() != made(seed=1) and made() != made(epoch=1) and made() != made(sample=6)
+
+
+def test_what_is_left_of_a_mask_is_an_object_with_a_box_of_its_own(tmp_path):
+    """A long diagonal object, cut by zooms: its box is that of its pixels, and a corner of the box without one is no object."""
+    root = tmp_path / "set"
+    root.mkdir()
+    ring = [2, 2, 14, 2, 158, 110, 158, 118, 146, 118, 2, 10]
+    names = [f"{n}.png" for n in range(12)]
+    for number, name in enumerate(names):
+        noise = np.random.default_rng(number).integers(0, 255, (120, 160, 3)).astype(np.uint8)
+        Image.fromarray(noise).save(root / name)
+    (root / "a.json").write_text(json.dumps({
+        "images": [{"id": n, "file_name": name} for n, name in enumerate(names)], "categories": [{"id": 1, "name": "bar"}],
+        "annotations": [{"id": n + 1, "image_id": n, "category_id": 1, "bbox": [2, 2, 156, 116], "segmentation": [ring]} for n in range(12)]}))  # fmt: skip
+    request = parse_request({"data": str(root), "suspects": False, "measure": False, "augment": "strong", "copy_paste": 0, "imgsz": 160, "batch": 4})
+    journal = Journal(None)
+    audited = read_and_audit(request, journal)
+    parts = assemble_detector(decide(request, audited, journal), audited.index)
+    tight = loose = 0
+    for epoch in range(12):
+        for group in parts.train.groups(epoch, 0, 1, closing=False):
+            data = group[0].data
+            for boxes, classes, masks in zip(data["boxes"], data["classes"], data["masks"], strict=True):
+                assert int((classes >= 0).sum()) == len(masks)
+                for box, mask in zip(boxes[classes >= 0], masks, strict=True):
+                    assert mask.any(), "an object without a pixel is no object"
+                    apart = np.abs(around(mask.numpy()) - box.numpy()).max()
+                    tight, loose = tight + (apart <= 1.5), loose + (apart > 1.5)
+    assert tight > 50 and loose == 0
 
 
 def test_kept_pictures_may_be_smaller_than_the_annotated_ones():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 
-from goodfit.api.assemble import assemble
+from goodfit.api.assemble import assemble, execution
 from goodfit.api.batch_study import check_request, study_batches
 from goodfit.api.detect_decide import decide_detector
 from goodfit.api.find_lr import find_lr
@@ -93,9 +94,14 @@ def _facts(request: TrainRequest, audited: Audited, base: Plan | None, *, measur
 
 def _timed(facts: Facts, plan: Plan, index: DatasetIndex) -> Facts:
     """The facts with what a step takes, so that a time is not spent on what prepares for it."""
-    parts = assemble(plan.changed(compile="off", cache="off", workers=0), index)
-    group = parts.train.group(0, 0, plan.accumulate.value)
-    seconds = step_seconds_here(parts.state.model, parts.context, parts.optimizer_for, group, ema=plan.ema.value)
+    seconds = 0.0
+    with suppress(RuntimeError, MemoryError), execution(plan):
+        parts = assemble(plan.changed(compile="off", cache="off", workers=0), index)
+        group = parts.train.group(0, 0, plan.accumulate.value, size=plan.imgsz.value)
+        seconds = step_seconds_here(parts.state.model, parts.context, parts.optimizer_for, group, ema=plan.ema.value)
+        device = parts.context.device
+        del parts, group
+        device.hand_back()
     return replace(facts, first_step=FirstStep(plan.imgsz.value, seconds / plan.batch.value)) if seconds else facts
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from goodfit.api.assemble import execution
 from goodfit.api.detect_parts import DetectParts, assemble_detector
 from goodfit.api.prepare import Audited, data_facts, stage
 from goodfit.config.detect import (
@@ -71,7 +72,8 @@ def decide_detector(request: TrainRequest, audited: Audited, journal: Journal, b
             raise RequestError(f"batch={request.memory:g}, a share of the memory, needs the batch to be measured, which is off here.", where="batch=",
                                kept="nothing was started", next=f"say how many pictures, as batch={plan.batch.value}")  # fmt: skip
         if measuring:
-            facts, plan = _measured(request, facts, decided, plan, audited)
+            with execution(plan):
+                facts, plan = _measured(request, facts, decided, plan, audited)
         if plan.measured is not None and plan.measured.steps:
             journal.emit("measured", table=plan.measured.table(), **plan.measured.to_dict())
         for key, decision in shown_decisions(plan).items():
@@ -250,7 +252,7 @@ def _measured(
 def _trial_parts(plan: Plan, audited: Audited) -> tuple[DetectParts, list[MicroBatch]]:
     """All that a step takes, and the first batch."""
     parts = assemble_detector(plan.changed(compile="off", cache="off", workers=0), audited.index)
-    return parts, parts.train.group(0, 0, plan.accumulate.value)
+    return parts, parts.train.group(0, 0, plan.accumulate.value, size=plan.imgsz.value)
 
 
 def _compared(

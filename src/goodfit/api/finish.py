@@ -139,6 +139,7 @@ def final_test(run: Run, parts: Parts, journal: Journal) -> dict[str, Any]:
         result = final_result(meter, class_names=index.class_names, look=look, probe=probe, probe_reason=what,
                               majority=majority_class(index.targets[index.rows("train")]),
                               targets=index.targets[rows])  # fmt: skip
+        result["no_probe"] = "" if probe is not None else what
         write_json(run.path / "test.json", result)
         journal.emit(
             "test", **{k: result[k] for k in ("n", "look", "accuracy", "low", "high", "macro_f1", "baselines")}
@@ -150,7 +151,7 @@ def final_test(run: Run, parts: Parts, journal: Journal) -> dict[str, Any]:
 def describe_test(result: dict[str, Any]) -> str:
     """The final test in one line."""
     probe = result["baselines"]["linear_probe"]
-    beside = f" · linear probe {100 * probe['accuracy']:.1f} %" if probe else ""
+    beside = f" · linear probe {100 * probe['accuracy']:.1f} %" if probe else f" · no linear probe: {result['no_probe']}" if result.get("no_probe") else ""
     return (
         f"acc {100 * result['accuracy']:.1f} % ({100 * result['low']:.1f}–{100 * result['high']:.1f}, n = {result['n']}) · "
         f"majority class {100 * result['baselines']['majority']['accuracy']:.1f} %{beside} · "
@@ -317,7 +318,7 @@ def rate(run: Run, parts: FitParts) -> dict[str, float]:
 def commands(run: Run) -> list[str]:
     """How to do it again, from the command line and from Python."""
     request = load_request(run.path)
-    reading = [f.name for f in fields(How)] + ["labels"]  # the plan does not hold how to read
+    reading = [f.name for f in fields(How)] + ["labels", "twins"]  # the plan does not hold how to read
     asked = {name: getattr(request, name) for name in reading if getattr(request, name) is not None}
     asked["plan"] = str(run.path / PLAN)
     words = " ".join(f"{name}={shlex.quote(str(value))}" for name, value in asked.items())

@@ -124,6 +124,8 @@ def read_and_audit(request: TrainRequest, journal: Journal, base: Plan | None = 
     with stage(journal, "audit") as note:
         with progress_of(journal, "audit") as progress:
             audit = audit_dataset(reading, max_bad=decided.max_bad.value, progress=progress, twins=request.twins or "group")
+        if request.twins is not None and audit.scan is None:
+            raise RequestError("twins= is for images; this is a dataset of texts.", next="leave twins= out")
         index = split_dataset(audit.index, shares=decided.split.value, split_seed=decided.split_seed.value, given=given)
         absent = check_splits(index)
         audit = replace(audit, findings=merged([*audit.findings, *_absent(absent), *_compare(request, audit)]))

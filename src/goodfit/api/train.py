@@ -163,12 +163,10 @@ def _forget_damaged(progress: Progress, checkpoints: Checkpoints, newest: dict[s
         place = getattr(progress, name)
         if place is None:
             continue
-        try:
-            checkpoints.load_state(place)
-        except StorageError as error:
+        if problem := checkpoints.problem_of(place):
             setattr(progress, name, newest)
             instead = "the newest takes its place" if newest else "the next validation finds another"
-            said.append(f"{what}, of step {place['step']}, is damaged ({error.message}): {instead}")
+            said.append(f"{what}, of step {place['step']}, is damaged ({problem}): {instead}")
     if progress.best is None:
         progress.finished = False  # with no step left: it is validated once more
     return said
@@ -179,6 +177,8 @@ def _place_of(progress: Progress, events: Sequence[Event], settings: FitSettings
     for event in reversed(events):
         if event["event"] == "epoch" and (event["segment"], event["step"]) == (progress.segment, progress.step) and not progress.position:
             val = {name: float(figure) for name, figure in event["val"].items()}
+            if not (math.isfinite(val[settings.monitor]) and math.isfinite(val["loss"])):
+                return None
             return {"segment": progress.segment, "step": progress.step, "epoch": event["epoch"], "value": val[settings.monitor],
                     "loss": val["loss"], "metrics": {name: figure for name, figure in val.items() if math.isfinite(figure)}}  # fmt: skip
     return None
@@ -269,6 +269,7 @@ def test(run: str | Path) -> dict[str, Any]:
             raise StorageError("This run has not finished training.", where=str(run), next=f"goodfit resume {run}")
         with execution(parts.plan):
             restore(parts.state, snapshot)
+            _forget_damaged(parts.state.progress, checkpoints, _place_of(parts.state.progress, opened.events, parts.settings))
             load_best(parts, checkpoints)
             found = kind_of(parts.plan).test(opened, parts, journal)
             bundle = opened.bundle / "model.safetensors"

@@ -13,9 +13,11 @@ T = TypeVar("T")
 class Chooser:
     """Asked wins; then the earlier plan, if one was given; then what was measured, or the rule."""
 
-    def __init__(self, request: TrainRequest, base: Plan | None) -> None:
+    def __init__(self, request: TrainRequest, base: Plan | None, asked: Plan | None = None) -> None:
+        """Of the plan `asked` only what a person asked for is followed."""
         self.request = request
         self.base = base
+        self._asked = asked
 
     def __call__(self, name: str, rule: T, reason: str, source: Source = "rule") -> Decision[T]:
         """One decision: `rule` with its reason and source, unless it was asked for or decided earlier."""
@@ -24,11 +26,13 @@ class Chooser:
             return Decision(asked, "asked for", "asked")
         if self.base is not None:
             return getattr(self.base, name)
+        if self._asked is not None and getattr(self._asked, name).source == "asked":
+            return getattr(self._asked, name)
         return Decision(rule, reason, source)
 
-    def unless_changed(self, name: str) -> Chooser:
+    def unless_changed(self, name: str, *, keep_asked: bool = False) -> Chooser:
         """One that passes over the earlier plan, if that decided `name` otherwise than is asked for now: what hangs on it
-        is decided anew."""
+        is decided anew, but for what was asked for then, where that is kept."""
         asked = getattr(self.request, name)
         changed = self.base is not None and asked is not None and asked != getattr(self.base, name).value
-        return Chooser(self.request, None) if changed else self
+        return Chooser(self.request, None, self.base if keep_asked else None) if changed else self

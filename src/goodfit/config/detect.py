@@ -102,7 +102,7 @@ def resolve_detect(
         rehearse=choose_rehearse(choose, facts, batch.value, imgsz.value),
         **{name: Decision(value, "means nothing for a detector", "rule") for name, value in NEUTRAL.items()},
         measured=facts.measured if base is None else base.measured,
-        sample_seconds=facts.sample_seconds(imgsz.value),
+        sample_seconds=facts.sample_seconds(imgsz.value) or (0.0 if base is None else base.sample_seconds),
     )
 
 
@@ -313,7 +313,7 @@ def _batch(choose: Chooser, facts: Facts) -> tuple[Decision[int], Decision[int]]
 def _augmentation(choose: Chooser, data: DataFacts, *, varies: bool) -> dict[str, Decision[Any]]:
     """`varies`: whether batches have several sizes, which end with the rest."""
     augment = choose("augment", "standard", "zoom and colour")
-    own = choose.unless_changed("augment")
+    own = choose.unless_changed("augment", keep_asked=True)
     off = augment.value == "off"
     grey = data.grey_share > 0.5 and data.num_classes > 1  # of one class a mirror image is of the same
     flip = own("flip", 0.0 if off or grey else 0.5, "augmentation is off" if off else

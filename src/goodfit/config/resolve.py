@@ -140,7 +140,7 @@ def resolve(request: TrainRequest, facts: Facts, base: Plan | None = None) -> Pl
         deterministic=choose("deterministic", False, "the CPU repeats itself anyway; on a GPU it costs speed"),
         rehearse=choose_rehearse(choose, facts, batch.value, imgsz.value),
         measured=_figures(facts.measured, base),
-        sample_seconds=facts.sample_seconds(imgsz.value),
+        sample_seconds=facts.sample_seconds(imgsz.value) or (0.0 if base is None else base.sample_seconds),
     )
 
 
@@ -233,7 +233,7 @@ def _regularisation(
         "light" if small else "standard",
         f"pictures of {data.median_side} px: shift and zoom a little" if small else "photos: crop, zoom and colour",
     )
-    own = choose.unless_changed("augment")
+    own = choose.unless_changed("augment", keep_asked=True)
     if augment.value == "off":
         flip = own("flip", 0.0, "augmentation is off")
     elif data.grey_share > 0.5:

@@ -10,7 +10,7 @@ from goodfit.config.facts import Facts, FirstStep
 from goodfit.config.plan import Decision, Plan
 
 PASSES = 15  # over the training samples that a time should hold: a detector's input is smaller for fewer, and longer times are proposed for it
-FEW_PASSES = 5  # below which a person is told that little will be learned
+FEW_PASSES = 5  # of a detector, below which a person is told that little will be learned
 STEPS_SHARE = 0.5  # of a time that is the steps'; the rest goes to audit, plan, rehearsal, validation, test and bundle
 REHEARSAL_STEPS = 36  # that a rehearsal takes at least, about ...
 REHEARSAL_SHARE = 0.25  # ... and the share of a time beyond which it is left out
@@ -25,11 +25,13 @@ def passes_in(time: float, first: FirstStep, imgsz: int, num_train: int) -> floa
 
 
 def few_passes(plan: Plan, facts: Facts) -> str:
-    """What to say of a time that holds too few passes to learn much; "" otherwise."""
+    """What to say of a time that holds too few passes for a detector to learn much, or not one pass for a classifier; "" otherwise."""
     first, time = facts.first_step, plan.time.value
-    if first is None or not time or (passes := passes_in(time, first, plan.imgsz.value, facts.data.num_train)) >= FEW_PASSES:
+    detects = plan.task.value != "classify"
+    if first is None or not time or (passes := passes_in(time, first, plan.imgsz.value, facts.data.num_train)) >= (FEW_PASSES if detects else 1.0):
         return ""
-    return (f"{time:.0f} s hold about {passes:.2g} passes over the training pictures, from which little is learned; "
+    little = ", from which little is learned" if detects else ""
+    return (f"{time:.0f} s hold about {passes:.2g} passes over the training pictures{little}; "
             f"time={math.ceil(PASSES * time / passes / 60)}m would hold {PASSES}")  # fmt: skip
 
 

@@ -21,7 +21,8 @@ from goodfit.core.safeio import as_json, storage_errors
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
 
-PATIENCE = 120.0  # seconds for which events may wait to be written
+PATIENCE = 120.0  # seconds for which events may wait to be written ...
+MAY_WAIT = ("step", "epoch", "checkpoint", "progress", "saving")  # ... of those that no stage reads back; the last is a stage's name
 
 logger = logging.getLogger("goodfit")
 
@@ -29,8 +30,8 @@ logger = logging.getLogger("goodfit")
 class Journal:
     """Appends events to a run's `events.jsonl` and hands each to the listeners.
 
-    One event is one `write` of one line, so a kill can tear only the last line, which readers skip. What cannot be written, as where the
-    disk is full for a while, waits for the next event; only after `PATIENCE` seconds of that an event raises.
+    One event is one `write` of one line, so a kill can tear only the last line, which readers skip. What training says and cannot be
+    written, as where the disk is full for a while, waits for the next event; after `PATIENCE` seconds of that an event raises.
     """
 
     def __init__(self, path: Path | None, listeners: tuple[Listener, ...] = ()) -> None:
@@ -60,7 +61,7 @@ class Journal:
             self._write(line)
         self._waiting.clear()
 
-    def _write(self, line: bytes) -> None:
+    def _write(self, line: bytes, *, may_wait: bool = False) -> None:
         """All that waits, and a line; raises StorageError where nothing could be written for long."""
         assert self._descriptor is not None
         self._unwritten += line
@@ -71,7 +72,7 @@ class Journal:
         except StorageError:
             now = time.monotonic()
             self._since = now if self._since is None else self._since
-            if now - self._since > PATIENCE:
+            if not may_wait or now - self._since > PATIENCE:
                 raise
         else:
             self._since = None
@@ -88,7 +89,7 @@ class Journal:
         if self._descriptor is None:
             self._waiting.append(line)
         else:
-            self._write(line)
+            self._write(line, may_wait=(fields.get("name") if event == "stage" else event) in MAY_WAIT)
         for listener in list(self._listeners):
             try:
                 listener(dict(record))

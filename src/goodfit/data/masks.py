@@ -318,7 +318,8 @@ def read_mask(path: Path) -> Mask:
     except Exception as error:  # Pillow raises many kinds for damaged files
         raise ValueError(f"The mask file is cut off or damaged: {error}.") from error
     if pixels.ndim == 2:
-        _refuse_map(pixels)
+        if image.format != "JPEG":  # whose greys are many
+            _refuse_map(pixels)
         return pixels != 0
     if image.mode in ("RGBA", "LA", "PA"):
         return (pixels[..., :-1] != 0).any(axis=2) & (pixels[..., -1] != 0)

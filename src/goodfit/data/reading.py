@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -188,9 +189,11 @@ def unread_picture(item: str, path: Path) -> Problem:
     return problem("unreadable", item, f"Pictures of the kind {path.suffix.lower()} are not read: convert it to JPEG or PNG.", lost=True)
 
 
-def is_unread(path: Path) -> bool:
-    """True for a file that is named as an image of a kind that is not read."""
-    return path.suffix.lower() in UNREAD_SUFFIXES
+def unread_pictures(files: Iterable[Path]) -> list[Path]:
+    """Files that are named as images of a kind that is not read, but for those beside one that is, as a camera's JPEG beside its raw file."""
+    files = list(files)
+    read = {path.with_suffix("") for path in files if is_image(path)}
+    return [p for p in files if p.suffix.lower() in UNREAD_SUFFIXES and p.with_suffix("") not in read]
 
 
 def is_image(path: Path) -> bool:

@@ -206,6 +206,16 @@ class Checkpoints:
         name = self._name_of(place)
         return self._held[name] if name in self._held else self.load(name)
 
+    def problem_of(self, place: dict[str, Any]) -> str:
+        """What is wrong on the disk with a state that progress refers to; "" if nothing is."""
+        name = self._name_of(place)
+        try:
+            if name not in self._held:
+                verify_directory(self.folder / name)
+        except StorageError as error:
+            return error.message
+        return ""
+
     def load_best(self, progress: Progress) -> Snapshot:
         """The best state of a run so far; raises as load."""
         assert progress.best is not None

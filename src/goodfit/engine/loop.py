@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import time
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ from goodfit.engine.stop import StopFlag
 from goodfit.engine.swa import average_weights
 
 TRIES, RETRY_SECONDS = 3, 5.0  # of a save that cannot wait, and the pause between two
+LASTING = (errno.EACCES, errno.EPERM, errno.EROFS)  # what no pause mends
 NEVER_FINITE = 10  # validations without a finite loss, from the first on, that end the run
 
 
@@ -208,7 +210,7 @@ def _save(state: TrainState, checkpoints: Checkpoints, epoch: Epoch, *, pinned: 
             checkpoints.save(snapshot)
             break
         except StorageError as error:
-            if number == tries:
+            if number == tries or getattr(error.__cause__, "errno", None) in LASTING:
                 raise
             _tell_unsaved(state, epoch, error.message)
             time.sleep(RETRY_SECONDS)

@@ -33,6 +33,8 @@ KINDS: dict[str, tuple[str, str]] = {
     "huge": ("Pictures too large to open safely", "Their headers announce more pixels than memory should be given."),
     "missing_image": ("Labels without a picture", "The data names a picture that is not there."),
     "missing_label": ("Samples without a label", "There is nothing to compare a prediction with."),
+    "crowd": ("Objects that are marked as crowds", "Nothing is learned of them, and what is found there counts neither for nor against the model."),
+    "turned": ("Photographs that EXIF turns", "Their objects were annotated before the turn, and were turned with them."),
     "label_conflict": ("One picture, two labels", "Equal copies carry different labels, or objects: at most one of them is right."),
     "leak": ("The same picture in two splits",
              "What is tested must not have been seen in training, or the test result is too good."),

@@ -82,6 +82,18 @@ def near_duplicates(thumbnails: npt.NDArray[np.uint8], *, known: Ints) -> list[t
     return sorted(found)
 
 
+def are_copies(thumbnails: npt.NDArray[np.uint8], pairs: Ints) -> npt.NDArray[np.bool_]:
+    """Whether the pictures of each pair show the same, as `near_duplicates` has it, whatever else is like them. Shape: (pairs,)."""
+    found = np.zeros(len(pairs), bool)
+    for one, two in ((0, 1), (1, 0)):
+        for y, x in _CROPS:
+            left = np.flatnonzero(~found)
+            for part in (left[start : start + _CHUNK] for start in range(0, len(left), _CHUNK)):
+                crops = np.tile(np.array(_PARTS[y] + _PARTS[x], np.float32), (len(part), 1))
+                found[part] = agreement(thumbnails[pairs[part, one]], thumbnails[pairs[part, two]], crops) >= CONFIRMED
+    return found
+
+
 def _basis(part: tuple[float, float]) -> Floats:
     """Means of cosines over the pixels of a part of the side, cut pixels by their share. Shape: (_WAVES, SIDE)."""
     low, high = part

@@ -28,9 +28,17 @@ def turned_rows(index: DatasetIndex, rows: npt.NDArray[np.int64]) -> dict[int, i
             turn = orientation(open_image(index.file(row)).getexif)
         except (ImageError, OSError):  # the audit of files tells of it
             continue
-        if turn >= FIRST_QUARTER:
+        if turn >= FIRST_QUARTER and _lies_within(index.objects, row, index.objects.declared[row]):
             found[row] = turn
     return found
+
+
+def _lies_within(objects: Objects, row: int, size: npt.NDArray[np.float64]) -> bool:
+    """Whether all boxes of a row lie within the size that its annotation states: some tools state that of the file, and draw upon the
+    upright picture."""
+    boxes = objects.boxes[objects.of(row)].astype(np.float64)
+    boxes = boxes[np.isfinite(boxes).all(axis=1)]
+    return bool((boxes <= np.tile(size, 2) + 1.0).all())
 
 
 def turn_objects(objects: Objects, turns: Mapping[int, int], sizes: npt.NDArray[np.integer]) -> Objects:
@@ -45,7 +53,9 @@ def turn_objects(objects: Objects, turns: Mapping[int, int], sizes: npt.NDArray[
         wide, high = (float(side) for side in sizes[row])
         part = objects.of(row)
         corners = _moved(boxes[part].reshape(-1, 2), turn, wide, high).reshape(-1, 2, 2)
-        boxes[part] = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
+        made = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
+        reversed_ = (boxes[part, 2:] < boxes[part, :2]).any(axis=1)  # stay so, for the audit
+        boxes[part] = np.where(reversed_[:, None], made[:, [2, 3, 0, 1]], made)
         for number in range(part.start, part.stop):
             masks[number] = _turned_mask(int(objects.mask_kinds[number]), masks[number], turn, wide, high)
     with np.errstate(over="ignore"):

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from itertools import combinations, islice
 
 import numpy as np
 import numpy.typing as npt
 
-from goodfit.data.checks.duplicates import near_duplicates
+from goodfit.data.checks.duplicates import are_copies, near_duplicates
 from goodfit.data.checks.findings import MAX_ITEMS, Finding
 from goodfit.data.checks.scan import Scan
 from goodfit.data.index import LEFT_OUT, NO_GROUP, SPLITS, DatasetIndex
 
-MOVED, RESIZED = 0.06, 1.5  # share of a picture's side that an object of a copy may have moved by, and times that it may be larger
-SHARED = 0.75  # of the objects that a copy still has
+MOVED = 0.06  # share of a picture's side that an object of a copy may have moved by
+VISIBLE, VISIBLE_TIMES = 16.0, 4.0  # grey levels, and times what the pictures differ by on average, from which a difference is one of their content
+MOST_PAIRS = 20_000  # that are compared one by one
 Ints = npt.NDArray[np.int64]
 MIN_SIDE = (
     32  # pixels: smaller pictures have too little detail to tell a twin from its like (8-pixel digits: 148 pairs)
@@ -45,7 +45,7 @@ def audit_twins(index: DatasetIndex, scan: Scan | None, *, keep: bool = False) -
         kept = np.flatnonzero((index.splits != LEFT_OUT) & (scan.sizes.min(axis=1) >= MIN_SIDE))
         near = [(int(kept[a]), int(kept[b]), score)
                 for a, b, score in near_duplicates(_chosen(scan, kept), known=exact[kept])]  # fmt: skip
-        near = [(a, b, score) for a, b, score in near if _same_objects(index, a, b)]
+        near = [(a, b, score) for a, b, score in near if _same_objects(index, scan, a, b)]
     if keep and near:
         findings.append(Finding("duplicate_near", "info", len(near), tuple(f"{index.paths[a]} = {index.paths[b]}" for a, b, _ in near),
                                 "nearly the same picture: kept as others are, as was asked"))  # fmt: skip
@@ -53,7 +53,7 @@ def audit_twins(index: DatasetIndex, scan: Scan | None, *, keep: bool = False) -
     links = np.array([(a, b) for a, b, _ in near], np.int64).reshape(-1, 2)
     findings += _pairs(index, exact, near)
     found = _leaks(index, before, exact, near)
-    num_left = _leave_copies(index, before, exact, links)
+    num_left = _leave_copies(index, before, exact, links, scan)
     findings += [replace(f, action=f"{f.action} ({num_left:,} in all)") for f in found]
     kept = index.splits != LEFT_OUT  # what left joins nothing: its twin may lie elsewhere
     together = components(len(index), np.where(kept, exact, NO_GROUP), links[kept[links].all(axis=1)])
@@ -212,9 +212,10 @@ def _leaks(
                     f"{kinds} pairs in two splits: the copy nearer to {SPLITS[0]} was left out", "mend the splits")]  # fmt: skip
 
 
-def _leave_copies(index: DatasetIndex, places: npt.NDArray[np.int8], exact: Ints, links: Ints) -> int:
-    """Of equal samples, and of each nearly equal pair, in several given splits, those in the most sealed one stay. What is like a copy
-    that leaves stays: a film whose last picture is also in validation loses its end and not all of it. Returns how many rows left."""
+def _leave_copies(index: DatasetIndex, places: npt.NDArray[np.int8], exact: Ints, links: Ints, scan: Scan | None) -> int:
+    """Of equal samples, and of nearly equal pairs, in several given splits, those in the most sealed one stay. Of what is like them only by
+    others in between, each is compared with them itself: a film whose end is also in validation loses its end and not all of it. Where
+    that would be too many comparisons, all of it leaves. Returns how many rows left."""
     alone = np.arange(len(index)) + exact.max(initial=0) + 1
     _, unit = np.unique(np.where(exact == NO_GROUP, alone, exact), return_inverse=True)
     usable = index.splits != LEFT_OUT
@@ -224,30 +225,51 @@ def _leave_copies(index: DatasetIndex, places: npt.NDArray[np.int8], exact: Ints
     for a, b in ((0, 1), (1, 0)):  # of an equal group only the first stands for all in the links
         np.maximum.at(most, unit[links[:, a]], own[unit[links[:, b]]])
     going = usable & (places < most[unit])
+    for rows in _members(components(len(index), exact, links)) if scan is not None and len(links) else ():
+        rows = rows[usable[rows]]
+        waiting = rows[~going[rows] & (places[rows] < places[rows].max(initial=0))]
+        sealed = rows[places[rows] > places[rows].min(initial=len(SPLITS))]
+        if len(waiting) * len(sealed) > MOST_PAIRS:
+            going[waiting] = True
+        elif len(waiting):
+            assert scan is not None
+            pairs = np.stack([np.repeat(waiting, len(sealed)), np.tile(sealed, len(waiting))], axis=1)
+            pairs = pairs[places[pairs[:, 0]] < places[pairs[:, 1]]]
+            same = are_copies(scan.thumbnails, pairs)
+            same &= np.array([not s or _same_objects(index, scan, a, b) for s, (a, b) in zip(same, pairs.tolist(), strict=True)])
+            going[pairs[same, 0]] = True
     index.splits[going] = LEFT_OUT
     return int(going.sum())
 
 
-def _same_objects(index: DatasetIndex, a: int, b: int) -> bool:
-    """Whether two pictures that look alike show the same objects, as far as a copy cropped by 5 % of its sides does: three of four of the
-    fuller one's lie at the same place, of the same class and about the same size. Of pictures without annotated objects, yes."""
-    objects, sizes = index.objects, index.sizes
-    if objects is None or sizes is None:
+def _same_objects(index: DatasetIndex, scan: Scan, a: int, b: int) -> bool:
+    """Whether two pictures that look alike show the same: no object of one that has none of its class at its place in the other, as a copy
+    cropped by 5 % of its sides has it, is where the pictures differ. A label that is missing makes no other picture."""
+    if index.objects is None:
         return True
-    parts = []
-    for row in (a, b):
-        part = objects.of(row)
-        boxes = objects.boxes[part][objects.kept[part]].astype(np.float64) / np.tile(sizes[row], 2)
-        parts.append((boxes, objects.classes[part][objects.kept[part]]))
-    (first, kinds), (second, others) = sorted(parts, key=lambda p: len(p[0]))
-    if not len(second):
+    mine, theirs = (_kept_objects(index, row) for row in (a, b))
+    lonely = np.concatenate([_without_partner(mine, theirs), _without_partner(theirs, mine)])
+    if not len(lonely):
         return True
-    free, same = np.ones(len(second), bool), 0
-    for box, kind in zip(first, kinds, strict=True):
-        apart = np.abs((second[:, :2] + second[:, 2:] - box[:2] - box[2:]) / 2).max(axis=1)
-        ratio = np.abs(np.log((second[:, 2:] - second[:, :2]) / (box[2:] - box[:2]))).max(axis=1)
-        fits = np.flatnonzero(free & (others == kind) & (apart <= MOVED) & (ratio <= math.log(RESIZED)))
-        if len(fits):
-            free[fits[apart[fits].argmin()]] = False
-            same += 1
-    return same >= SHARED * len(second)
+    first, second = (scan.thumbnails[row].astype(np.float64) for row in (a, b))
+    apart = np.abs(first - second * (first.mean() / max(1.0, second.mean())))
+    limit, side = max(VISIBLE, VISIBLE_TIMES * float(apart.mean())), len(first)
+    edges = np.stack([np.floor(lonely[:, :2] * side) - 1, np.ceil(lonely[:, 2:] * side) + 1], axis=1).clip(0, side).astype(int)
+    return not any(apart[low[1] : high[1], low[0] : high[0]].max(initial=0.0) > limit for low, high in edges)
+
+
+def _kept_objects(index: DatasetIndex, row: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int32]]:
+    """Boxes of a picture's objects in shares of its sides, and their classes."""
+    assert index.objects is not None and index.sizes is not None
+    part = index.objects.of(row)
+    kept = index.objects.kept[part]
+    return index.objects.boxes[part][kept].astype(np.float64) / np.tile(index.sizes[row], 2), index.objects.classes[part][kept]
+
+
+def _without_partner(
+    mine: tuple[npt.NDArray[np.float64], npt.NDArray[np.int32]], theirs: tuple[npt.NDArray[np.float64], npt.NDArray[np.int32]]
+) -> npt.NDArray[np.float64]:  # fmt: skip
+    """Boxes that have none of their class near them among others. Shape: (B, 4)."""
+    (boxes, kinds), (others, other_kinds) = mine, theirs
+    apart = np.abs((boxes[:, None, :2] + boxes[:, None, 2:] - others[None, :, :2] - others[None, :, 2:]) / 2).max(axis=2, initial=0.0)
+    return boxes[~((apart <= MOVED) & (kinds[:, None] == other_kinds[None, :])).any(axis=1)]

@@ -12,7 +12,7 @@ from goodfit.core.errors import RequestError
 from goodfit.data.index import NO_GROUP
 
 FOLDER = "folder"
-_WAYS = "group=folder for the folder that a file lies in, or a pattern with the part of the path in parentheses, as group='(.*)_[0-9]+'"
+_WAYS = "a key of COCO's images, group=folder for the folder that a file lies in, or a pattern with the part of the path in parentheses, as group='(.*)_[0-9]+'"
 
 
 def group_names(paths: Sequence[str], asked: str) -> list[str]:

@@ -190,7 +190,7 @@ class _Reader:
             file.rows[key] = -1
             sizes[key] = number(entry.get("width")), number(entry.get("height"))
             if self.how.group is not None and entry.get(self.how.group) is not None:  # as video_id
-                groups[key] = shown(entry[self.how.group])
+                groups[key] = clean(json.dumps(entry[self.how.group], sort_keys=True))
             path = self._find(name, places)
             if path is None:
                 missing.append((key, name))

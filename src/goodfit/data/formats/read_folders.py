@@ -16,10 +16,10 @@ from goodfit.data.reading import (
     files_below,
     folders,
     is_image,
-    is_unread,
     relative,
     split_number,
     unread_picture,
+    unread_pictures,
 )
 
 _IMAGES = ("images", "image", "imgs", "img")
@@ -51,14 +51,19 @@ def read(data: Path, how: How) -> Reading:
         _refuse_masks(root)
         problems += [Problem("missing_label", relative(p, data), lost=True) for p in loose_images(root)]
         for folder in folders(root):
-            for file in files_below(folder):
+            files = files_below(folder)
+            unread = set(unread_pictures(files))
+            for file in files:
                 if is_image(file):
                     rows.append((relative(file, data), folder.name, split))
-                elif is_unread(file):
+                elif file in unread:
                     problems.append(unread_picture(relative(file, data), file))
                 else:
                     problems.append(Problem("wrong_type", relative(file, data)))
     if not rows:
+        lost = next((p for p in problems if p.kind == "unreadable"), None)
+        if lost is not None:
+            raise DataError(f"No image that can be read was found: {lost.item}: {lost.message}", where=str(data), next="convert them")
         refuse_no_images(data)
     paths = [path for path, _, _ in rows]
     groups = {} if how.group is None else dict(zip(paths, group_names(paths, how.group), strict=True))

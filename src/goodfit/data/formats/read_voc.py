@@ -24,7 +24,7 @@ from goodfit.data.formats.read_objects import (
     wants_masks,
 )
 from goodfit.data.index import NO_SPLIT, SPLITS
-from goodfit.data.reading import How, Problem, Reading, folders, is_image, is_regular, is_unread, problem, unread_picture
+from goodfit.data.reading import How, Problem, Reading, folders, is_image, is_regular, problem, unread_picture, unread_pictures
 
 _ANNOTATION_FOLDERS = ("annotations", "annotation", "xml", "xmls", "labels")
 _IMAGE_FOLDERS = ("jpegimages", "images", "image", "imgs", "img")
@@ -118,6 +118,8 @@ def _inside(root: Path, inner: list[Path]) -> _Place | None:
     annotations, images = _named(inner, _ANNOTATION_FOLDERS), _named(inner, _IMAGE_FOLDERS)
     if annotations is None or images is None or not _has_boxes(annotations):
         return None
+    if annotations.name.lower() == "labels" and any(p.suffix == ".txt" for p in annotations.iterdir()):
+        return None  # YOLO's, beside which XML lies
     sets = root / "ImageSets" / "Main"
     return _Place(annotations, images, sets if sets.is_dir() else None, NO_SPLIT)
 
@@ -168,7 +170,7 @@ class _Reader:
         wanted = self._wanted(place, stems)
         by_stem = {Path(n).stem: n for n in reversed(self.listings.images(str(place.images)))}
         files = [place.images / n for n in self.listings.names(str(place.images))]
-        unread = {p.stem: p for p in files if is_unread(p)}
+        unread = {p.stem: p for p in unread_pictures(files)}
         used = set()
         for stem, split in wanted:
             root, file = self._parse(stems[stem])

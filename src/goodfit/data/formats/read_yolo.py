@@ -35,9 +35,9 @@ from goodfit.data.reading import (
     files_below,
     is_image,
     is_regular,
-    is_unread,
     problem,
     unread_picture,
+    unread_pictures,
 )
 
 _LIST_BYTES = 1_000_000_000
@@ -130,10 +130,11 @@ class _Reader:
                 seen = base / words.replace("\\", "/")
                 real = followed(seen)
                 if os.path.isdir(real):
-                    for path in files_below(real):
-                        if is_unread(path):
-                            self.unread(path, os.path.normpath(seen / path.relative_to(real)))
-                        elif is_image(path):
+                    files = files_below(real)
+                    for path in unread_pictures(files):
+                        self.unread(path, os.path.normpath(seen / path.relative_to(real)))
+                    for path in files:
+                        if is_image(path):
                             virtual = os.path.normpath(seen / path.relative_to(real))
                             found.setdefault(os.path.normpath(path), virtual)
                     if os.path.normpath(real) != os.path.normpath(seen):

@@ -16,11 +16,12 @@ READERS: dict[str, ModuleType] = {
 }  # fmt: skip
 TASKS = {"folders": ("classify",), "table": ("classify",), "text": ("text", "language"),
          "yolo": ("detect", "segment"), "voc": ("detect",), "coco": ("detect", "segment"), "masks": ("segment", "detect")}  # fmt: skip
-USED = {  # options of reading that mean something, by layout; the others know all that are for tables
+USED = {  # options of reading that mean something, by layout; tables and texts know all that are for tables
     "folders": ("group",), "yolo": ("group", "annotations", "encoding"), "voc": ("group", "encoding", "crowds"), "masks": ("group",),
     "coco": ("group", "images", "annotations", "encoding", "crowds"),
 }  # fmt: skip
 _READING = ("image_column", "text_column", "label_column", "split_column", "group", "header", "images", "annotations", "encoding", "crowds")
+_FOR_TABLES = tuple(option for option in _READING if option != "crowds")
 MAX_CHILDREN = 20  # folders that are looked into; more are classes
 _TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 _COMMON = ("folders", "text")  # an annotation format beside these tells more: its images or texts lie in folders anyway
@@ -48,14 +49,12 @@ def _refuse_unused(name: str, how: How) -> None:
         RequestError: an option means nothing for this layout.
         DataError: the task is none that its annotations are for.
     """
-    used = USED.get(name)
-    if used is None:  # tables and texts
-        return
+    used = USED.get(name, _FOR_TABLES)
     unused = [option for option in _READING if getattr(how, option) is not None and option not in used]
     if unused:
         raise RequestError(f"{unused[0]}= means nothing for a dataset of the layout {name}.", where=f"{unused[0]}=",
                            next=f"leave it out; for {name} there are {', '.join(f'{option}=' for option in used)}")  # fmt: skip
-    if how.task is not None and how.task not in TASKS[name]:
+    if how.task is not None and name in USED and how.task not in TASKS[name]:
         raise DataError(f"A dataset of the layout {name} has nothing for the task {how.task}.", where="task=",
                         next=" or ".join(f"task={task}" for task in TASKS[name]))  # fmt: skip
 
