@@ -105,7 +105,7 @@ def test_the_linear_probe_and_the_search_for_wrong_labels_are_left_out_where_the
     made = decide(request, audited, journal)
     assert made.sample_seconds > 0, "a step was timed, as there is a time to keep"
     said = []
-    journal.listen(lambda event: said.append(event.get("text", "")))
+    journal.listen(lambda event: said.append(event["text"]) if event["event"] == "stage" else None)
     suspect_stage(request, audited, journal, replace(made, sample_seconds=3.0))
     suspect_stage(request, audited, journal, replace(made, sample_seconds=1e-6))
     assert "not searched for wrong ones, which would take a large part of the time" in said[0] and "likely wrong" in said[1]

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+
 from goodfit.api.assemble import FitParts, ImageParts, execution
 from goodfit.api.decide import decide
 from goodfit.api.finish import load_best
@@ -269,12 +271,14 @@ def test(run: str | Path) -> dict[str, Any]:
             raise StorageError("This run has not finished training.", where=str(run), next=f"goodfit resume {run}")
         with execution(parts.plan):
             restore(parts.state, snapshot)
-            _forget_damaged(parts.state.progress, checkpoints, _place_of(parts.state.progress, opened.events, parts.settings))
-            load_best(parts, checkpoints)
-            found = kind_of(parts.plan).test(opened, parts, journal)
-            bundle = opened.bundle / "model.safetensors"
-            if not bundle.is_file():
+            bundle, best = opened.bundle / "model.safetensors", parts.state.progress.best
+            if not bundle.is_file():  # before a look is counted
                 raise StorageError("This run has no bundle yet.", where=str(run), next=f"goodfit resume {run}")
+            if best is None or checkpoints.problem_of(best):  # the bundle's weights are the same
+                parts.state.model.load_state_dict(load_file(str(bundle)))
+            else:
+                load_best(parts, checkpoints)
+            found = kind_of(parts.plan).test(opened, parts, journal)
             return kind_of(parts.plan).write_result(opened, parts, checkpoints, found)
 
 

@@ -265,7 +265,7 @@ def _policies(choose: Chooser, augment: str, *, varies: bool) -> dict[str, Any]:
     scale = choose("scale", 0.0, "as the preset")
     if scale.value > 0 and augment == "off":
         raise RequestError(f"scale={scale.value:g} is the zoom of the augmentation, and augment=off has none.",
-                           where="scale=", next="use augment=light, or leave scale out")  # fmt: skip
+                           where="scale=", next="use augment=light, or scale=0")  # fmt: skip
     policy = choose("policy", "trivial" if strong else "off", why)
     erase = choose("erase", 0.25 if strong else 0.0, why)
     mixup, cutmix = choose("mixup", 0.2 if strong else 0.0, why), choose("cutmix", 1.0 if strong else 0.0, why)

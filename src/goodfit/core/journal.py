@@ -22,7 +22,8 @@ Event = dict[str, Any]
 Listener = Callable[[Event], None]
 
 PATIENCE = 120.0  # seconds for which events may wait to be written ...
-MAY_WAIT = ("step", "epoch", "checkpoint", "progress", "saving")  # ... of those that no stage reads back; the last is a stage's name
+# ... of those of training, which are there before the next stage's event, or that one raises; the last is a stage's name
+MAY_WAIT = ("step", "epoch", "checkpoint", "progress", "segment", "decision", "saving")
 
 logger = logging.getLogger("goodfit")
 

@@ -13,12 +13,13 @@ from goodfit.data.index import DatasetIndex
 from goodfit.data.masks import pack_mask, pack_polygons, unpack_polygons, unpack_rle
 from goodfit.runtime.images import ImageError, open_image, orientation
 
+BEYOND_SHARE = 0.02  # of such pictures that may have a box beyond their stated size, by mistake
 FIRST_QUARTER = 5  # EXIF orientations from here on exchange width and height: transposed, turned right, transversed, turned left
 
 
 def turned_rows(index: DatasetIndex, rows: npt.NDArray[np.int64]) -> dict[int, int]:
     """Of rows whose annotation states another size, those whose sides it states the other way round and that EXIF turns by a quarter, with
-    its orientation."""
+    its orientation; none, where boxes reach beyond the stated size: some tools state that of the file, and draw upon the upright picture."""
     found: dict[int, int] = {}
     if not len(rows):
         return found
@@ -28,14 +29,14 @@ def turned_rows(index: DatasetIndex, rows: npt.NDArray[np.int64]) -> dict[int, i
             turn = orientation(open_image(index.file(row)).getexif)
         except (ImageError, OSError):  # the audit of files tells of it
             continue
-        if turn >= FIRST_QUARTER and _lies_within(index.objects, row, index.objects.declared[row]):
+        if turn >= FIRST_QUARTER:
             found[row] = turn
-    return found
+    within = {row: turn for row, turn in found.items() if _lies_within(index.objects, row, index.objects.declared[row])}
+    return within if len(found) - len(within) <= BEYOND_SHARE * len(found) else {}
 
 
 def _lies_within(objects: Objects, row: int, size: npt.NDArray[np.float64]) -> bool:
-    """Whether all boxes of a row lie within the size that its annotation states: some tools state that of the file, and draw upon the
-    upright picture."""
+    """Whether all boxes of a row lie within the size that its annotation states."""
     boxes = objects.boxes[objects.of(row)].astype(np.float64)
     boxes = boxes[np.isfinite(boxes).all(axis=1)]
     return bool((boxes <= np.tile(size, 2) + 1.0).all())

@@ -24,7 +24,17 @@ from goodfit.data.formats.read_objects import (
     wants_masks,
 )
 from goodfit.data.index import NO_SPLIT, SPLITS
-from goodfit.data.reading import How, Problem, Reading, folders, is_image, is_regular, problem, unread_picture, unread_pictures
+from goodfit.data.reading import (
+    How,
+    Problem,
+    Reading,
+    folders,
+    is_image,
+    is_regular,
+    problem,
+    unread_picture,
+    unread_pictures,
+)
 
 _ANNOTATION_FOLDERS = ("annotations", "annotation", "xml", "xmls", "labels")
 _IMAGE_FOLDERS = ("jpegimages", "images", "image", "imgs", "img")
