@@ -110,8 +110,12 @@ def test_a_network_that_does_not_become_onnx_after_training_is_served_by_torch(f
 
     monkeypatch.setattr("goodfit.outcome.detector_export.write_onnx", refuse)
     again = goodfit.resume(run)
-    assert json.loads((again.bundle / "bundle.json").read_text())["needs"] == "torch" and again.result["status"] == "done"
-    (told,) = [e["text"] for e in again.events if e["event"] == "stage" and e["name"] == "bundle" and "by torch" in e["text"]]
+    assert (
+        json.loads((again.bundle / "bundle.json").read_text())["needs"] == "torch" and again.result["status"] == "done"
+    )
+    (told,) = [
+        e["text"] for e in again.events if e["event"] == "stage" and e["name"] == "bundle" and "by torch" in e["text"]
+    ]
     assert "not in the mood" in told and again.result["metrics"]["test"] == finished.result["metrics"]["test"]
 
 

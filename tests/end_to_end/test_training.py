@@ -410,7 +410,10 @@ def test_a_damaged_best_state_does_not_keep_a_run_from_its_end(bars, tmp_path):
         found = again.state.progress
         if finished:
             assert found.finished and (found.best["step"], found.reference["step"]) == (progress.step, progress.step)
-            assert found.best["metrics"]["accuracy"] >= 0 and found.best["value"] == found.best["metrics"][again.settings.monitor]
+            assert (
+                found.best["metrics"]["accuracy"] >= 0
+                and found.best["value"] == found.best["metrics"][again.settings.monitor]
+            )
             load_best(again, opened)
         else:
             assert found.best is None and not found.finished

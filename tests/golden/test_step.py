@@ -217,7 +217,9 @@ def test_ema_equals_the_formula():
         with torch.no_grad():
             for tensor in [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]:
                 tensor += torch.randn_like(tensor) * 0.1
-        if step < 2 or step % 2 == 1:  # a tenth of the horizon of 20 steps: every second step, by the decay of two; the first two singly
+        if (
+            step < 2 or step % 2 == 1
+        ):  # a tenth of the horizon of 20 steps: every second step, by the decay of two; the first two singly
             decay = min(0.95, (1 + step) / (10 + step)) ** (1 if step < 2 else 2)
             for name, value in model.state_dict().items():
                 expected[name] = decay * expected[name] + (1 - decay) * value if value.is_floating_point() else value

@@ -142,7 +142,11 @@ def test_what_hangs_on_the_preset_is_decided_anew_with_another_preset():
     assert again(plain, augment="strong").mosaic.value == 0.5 and again(strong).mosaic.value == 0.5
     assert again(strong, augment="off").mosaic.value == again(strong, augment="off").flip.value == 0.0
     assert again(off, augment="standard").flip.value == 0.5 and again(off, augment="standard").close_augment.value > 0
-    assert plan(made, augment="off").close_augment.value == 0 < plan(made, augment="off", multi_scale=0.3).close_augment.value
+    assert (
+        plan(made, augment="off").close_augment.value
+        == 0
+        < plan(made, augment="off", multi_scale=0.3).close_augment.value
+    )
     asked = plan(made, augment="off", flip=0.3)
     assert again(asked, augment="strong").flip.value == 0.3, "what was asked for then stays"
     assert plan_of(augment="off").flip.value == 0.0

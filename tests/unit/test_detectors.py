@@ -349,8 +349,13 @@ def shift_of(masks, box, wanted):
     target = project_masks_on_boxes(masks, boxes, torch.tensor([0]), 28)
     found = paste_mask(target[0].numpy(), box, (48, 48)).whole((48, 48))
     soft, cells = target[0].numpy(), (np.arange(28) + 0.5) / 28
-    middle = [low + (high - low) * float(soft.sum(axis) @ cells) / soft.sum() for axis, low, high in ((1, box[1], box[3]), (0, box[0], box[2]))]
-    return np.abs(middle - (np.argwhere(wanted).mean(axis=0) + 0.5)).max(), (found & wanted).sum() / (found | wanted).sum()
+    middle = [
+        low + (high - low) * float(soft.sum(axis) @ cells) / soft.sum()
+        for axis, low, high in ((1, box[1], box[3]), (0, box[0], box[2]))
+    ]
+    return np.abs(middle - (np.argwhere(wanted).mean(axis=0) + 0.5)).max(), (found & wanted).sum() / (
+        found | wanted
+    ).sum()
 
 
 @pytest.mark.parametrize("radius", [3.0, 5.0, 9.0])
@@ -378,7 +383,10 @@ def test_places_are_a_stride_apart_also_where_it_does_not_divide_the_input(famil
     elif family == "fasterrcnn":
         maps = [torch.zeros(1, 8, -(-shape[0] // s), -(-shape[1] // s)) for s in strides]
         (anchors,) = net.rpn.anchor_generator(ImageList(torch.zeros(1, 3, *shape), [shape]), maps)
-        middles, each = (anchors[:, :2] + anchors[:, 2:]) / 2, net.rpn.anchor_generator.generator.num_anchors_per_location()[0]
+        middles, each = (
+            (anchors[:, :2] + anchors[:, 2:]) / 2,
+            net.rpn.anchor_generator.generator.num_anchors_per_location()[0],
+        )
     else:
         anchors = level_anchors(net.anchors, strides, shape, torch.device("cpu"))
         middles, each = (anchors[:, :2] + anchors[:, 2:]) / 2, net.anchors.num_anchors_per_location()[0]

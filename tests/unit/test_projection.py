@@ -197,7 +197,8 @@ def test_a_time_that_holds_too_little_is_told_before_training():
     def told(seconds, *, spent=79.0, step=0, paces=({"step": 3.9, "data": 0.1},), sample=0.0):
         run = SimpleNamespace(events=[{"event": "stage", "name": "pace", "pace": pace} for pace in paces])
         parts = SimpleNamespace(
-            state=SimpleNamespace(progress=SimpleNamespace(step=step)), train=SimpleNamespace(steps_per_epoch=11, batch=8),
+            state=SimpleNamespace(progress=SimpleNamespace(step=step)),
+            train=SimpleNamespace(steps_per_epoch=11, batch=8),
             plan=SimpleNamespace(sample_seconds=sample),
         )
         budget = TimeBudget(seconds=seconds, used=spent, reserve=20.0, rest_seconds=36.0)

@@ -80,7 +80,9 @@ def test_objects_of_a_mosaic_are_as_large_as_they_are_served():
         pastes = compose(ScenePreset(mosaic=1.0, zoom=0.3), seed=3, epoch=0, sample=sample, row=0, rows=np.arange(4), sizes=np.array([[160, 120]] * 4),
                          shape=(96, 128), flip=0.5)  # fmt: skip
         scales += [float(p.scale(np.ones(2))[0]) for p in pastes if p.source[2] - p.source[0] > 20]
-        assert sum((p.target[2] - p.target[0]) * (p.target[3] - p.target[1]) for p in pastes) == 96 * 128, "tiles are filled"
+        assert sum((p.target[2] - p.target[0]) * (p.target[3] - p.target[1]) for p in pastes) == 96 * 128, (
+            "tiles are filled"
+        )
     assert 0.75 < np.mean(scales) < 0.9 and min(scales) > 0.5
 
 
@@ -106,7 +108,17 @@ def test_what_is_left_of_a_mask_is_an_object_with_a_box_of_its_own(tmp_path):
     (root / "a.json").write_text(json.dumps({
         "images": [{"id": n, "file_name": name} for n, name in enumerate(names)], "categories": [{"id": 1, "name": "bar"}],
         "annotations": [{"id": n + 1, "image_id": n, "category_id": 1, "bbox": [2, 2, 156, 116], "segmentation": [ring]} for n in range(12)]}))  # fmt: skip
-    request = parse_request({"data": str(root), "suspects": False, "measure": False, "augment": "strong", "copy_paste": 0, "imgsz": 160, "batch": 4})
+    request = parse_request(
+        {
+            "data": str(root),
+            "suspects": False,
+            "measure": False,
+            "augment": "strong",
+            "copy_paste": 0,
+            "imgsz": 160,
+            "batch": 4,
+        }
+    )
     journal = Journal(None)
     audited = read_and_audit(request, journal)
     parts = assemble_detector(decide(request, audited, journal), audited.index)

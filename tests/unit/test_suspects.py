@@ -381,7 +381,6 @@ def test_trifles_of_large_sets_are_no_shift() -> None:
     assert find_shift({"x": a}, {"x": b}) == []
 
 
-
 def test_class_shift() -> None:
     made = class_shift(np.array([500, 300, 200]), np.array([50, 30, 120]))
     assert made.found and made.classes[0] == 2

@@ -73,10 +73,14 @@ def test_time_for_what_follows_grows_with_what_a_validation_takes(monkeypatch):
     assert budget.left() == 30.0, "half of the time stays with training and what comes before it"
 
 
-@pytest.mark.parametrize(("pace", "sample", "validation"), [({}, 0.3, 4.0), ({"validation": 0.05, "save": 1.0}, 0.3, 2.0), ({}, 0.0, 0.0)])
+@pytest.mark.parametrize(
+    ("pace", "sample", "validation"), [({}, 0.3, 4.0), ({"validation": 0.05, "save": 1.0}, 0.3, 2.0), ({}, 0.0, 0.0)]
+)
 def test_a_budget_without_a_pace_goes_by_the_first_step(tmp_path, pace, sample, validation):
     run = SimpleNamespace(path=tmp_path, events=[{"event": "stage", "name": "pace", "pace": pace}] if pace else [])
-    (tmp_path / "events.jsonl").write_text('{"event": "step", "spent": 31.5}\n{"event": "run"}\n{"event": "step", "spent": 12.0}\n')
+    (tmp_path / "events.jsonl").write_text(
+        '{"event": "step", "spent": 31.5}\n{"event": "run"}\n{"event": "step", "spent": 12.0}\n'
+    )
     parts = SimpleNamespace(plan=SimpleNamespace(time=SimpleNamespace(value=120.0), sample_seconds=sample), val=SimpleNamespace(rows=np.arange(40)),
                             num_served=100, finish_seconds=28.0, state=SimpleNamespace(progress=SimpleNamespace(seconds=20.0)))  # fmt: skip
     made = time_budget(run, parts, began=0.0)
@@ -85,7 +89,9 @@ def test_a_budget_without_a_pace_goes_by_the_first_step(tmp_path, pace, sample, 
     assert made.used == 31.5, "a process that was killed before a checkpoint told how far it had come"
 
 
-def test_the_linear_probe_and_the_search_for_wrong_labels_are_left_out_where_they_take_much_of_a_time(make_images, monkeypatch):
+def test_the_linear_probe_and_the_search_for_wrong_labels_are_left_out_where_they_take_much_of_a_time(
+    make_images, monkeypatch
+):
     assert is_worth(1e9, 0.0) and is_worth(11.9, 120.0) and not is_worth(12.1, 120.0)
 
     def parts(time, sample):
@@ -108,7 +114,10 @@ def test_the_linear_probe_and_the_search_for_wrong_labels_are_left_out_where_the
     journal.listen(lambda event: said.append(event["text"]) if event["event"] == "stage" else None)
     suspect_stage(request, audited, journal, replace(made, sample_seconds=3.0))
     suspect_stage(request, audited, journal, replace(made, sample_seconds=1e-6))
-    assert "not searched for wrong ones, which would take a large part of the time" in said[0] and "likely wrong" in said[1]
+    assert (
+        "not searched for wrong ones, which would take a large part of the time" in said[0]
+        and "likely wrong" in said[1]
+    )
 
 
 def test_a_run_that_took_too_long_says_so(monkeypatch):

@@ -23,7 +23,12 @@ from goodfit.data.reading import How
 
 SQUARE = [[4, 4, 12, 4, 12, 12, 4, 12]]
 PENTAGON = [[4, 4, 12, 4, 12, 8, 10, 12, 4, 12]]
-TURNS = {5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+TURNS = {
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def audited(folder, **asked):
@@ -109,7 +114,9 @@ def test_samples_belong_together_by_folder_by_name_or_by_a_key(tmp_path):
     for bad, why in (("cam", "which part"), ("(", "no pattern"), ("(z)", "none of the 4")):
         with pytest.raises(RequestError, match=why):
             read_dataset(root, How(group=bad))
-    images = [{"id": n, "file_name": f"{c}.png", "video_id": v} for n, (c, v) in enumerate(zip("ab", (7, 7), strict=True))]
+    images = [
+        {"id": n, "file_name": f"{c}.png", "video_id": v} for n, (c, v) in enumerate(zip("ab", (7, 7), strict=True))
+    ]
     assert read_coco.read(coco(tmp_path / "coco", images=images), How(group="video_id")).index.groups.tolist() == [0, 0]
     for name in ("k1/v1_1.png", "k1/v2_1.png", "k2/v1_2.png"):
         picture(tmp_path / "folders" / name)
@@ -134,7 +141,9 @@ def test_nothing_that_is_asked_of_reading_is_ignored(tmp_path):
 
 
 def test_pictures_of_kinds_that_are_not_read_are_lost_and_not_forgotten(tmp_path):
-    root = yolo(tmp_path / "yolo", {n: "0 0.5 0.5 0.5 0.5\n" for n in "abc"}, "train: images\nnames: [x]\n", images=("a",))
+    root = yolo(
+        tmp_path / "yolo", dict.fromkeys("abc", "0 0.5 0.5 0.5 0.5\n"), "train: images\nnames: [x]\n", images=("a",)
+    )
     (root / "images" / "b.HEIC").write_bytes(b"x")
     (root / "images" / "a.CR2").write_bytes(b"x")  # the camera's raw file beside its picture
     Image.open(root / "images" / "a.png").convert("RGB").save(root / "images" / "c.jfif", "JPEG")
@@ -205,8 +214,12 @@ def test_boxes_beyond_the_size_that_the_annotation_states_are_not_turned(tmp_pat
         Image.fromarray(np.full((36, 48, 3), 9 * n, np.uint8)).save(root / f"{n}.png", exif=exif)
     index = read_coco.read(root, How()).index
     objects, problems = audit_objects(replace(index, sizes=np.array([[36, 48]] * 2, np.int32)))
-    assert objects.boxes.tolist() == [[2, 25, 22, 45], [2, 5, 22, 25]] and [p.kind for p in problems] == ["other_size"] * 2
-    (root / "annotations.json").write_text(json.dumps({**json.loads((root / "annotations.json").read_text()), "annotations": notes[1:]}))
+    assert (
+        objects.boxes.tolist() == [[2, 25, 22, 45], [2, 5, 22, 25]] and [p.kind for p in problems] == ["other_size"] * 2
+    )
+    (root / "annotations.json").write_text(
+        json.dumps({**json.loads((root / "annotations.json").read_text()), "annotations": notes[1:]})
+    )
     index = read_coco.read(root, How()).index
     objects, problems = audit_objects(replace(index, sizes=np.array([[36, 48]] * 2, np.int32)))
     assert objects.boxes.tolist() == [[11, 2, 31, 22]] and [p.kind for p in problems] == ["turned"]
@@ -220,7 +233,9 @@ def test_a_map_of_many_objects_is_no_mask_of_one(tmp_path):
         cells[3:9, 4:8], cells[12:16, 4:8], cells[12:16, 14:18] = 1, 2, 3
         Image.fromarray(cells).save(tmp_path / f"s{n}" / "masks" / "m.png")
     objects, problems = audit_objects(sized(read_masks.read(tmp_path, How()).index))
-    assert not objects.kept.any() and all("map of as many objects" in p.message and "1 to 3" in p.message for p in problems)
+    assert not objects.kept.any() and all(
+        "map of as many objects" in p.message and "1 to 3" in p.message for p in problems
+    )
     smooth = np.arange(256, dtype=np.uint8).reshape(16, 16)
     for n in range(2):
         Image.fromarray(smooth).resize((24, 24), Image.Resampling.NEAREST).save(tmp_path / f"s{n}" / "masks" / "m.png")
@@ -261,7 +276,9 @@ def film(root, *, moves, splits=("train", "val"), num=6):
         for kind in ("images", "labels"):
             (folder / kind).mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(folder / "images" / f"{n}.png")
-        (folder / "labels" / f"{n}.txt").write_text(f"0 {(x + 3) / 320:.6f} {103 / 240:.6f} {6 / 320:.6f} {6 / 240:.6f}\n")
+        (folder / "labels" / f"{n}.txt").write_text(
+            f"0 {(x + 3) / 320:.6f} {103 / 240:.6f} {6 / 320:.6f} {6 / 240:.6f}\n"
+        )
     for n in range(8):  # others, so that no split is empty
         folder = root / splits[n % 2]
         noise(folder / "images" / f"n{n}.png", 100 + n, (320, 240))
@@ -290,7 +307,9 @@ def test_every_copy_of_a_picture_in_validation_leaves_training(tmp_path):
     random = np.random.default_rng(3)
     scene = np.kron(random.integers(40, 215, (15, 20, 3)), np.ones((16, 16, 1)))
     for n in range(21):
-        pixels = np.clip(scene * (1.0 if n == 20 else 0.93 + 0.006 * n) + random.integers(-2, 3, scene.shape), 0, 255).astype(np.uint8)
+        pixels = np.clip(
+            scene * (1.0 if n == 20 else 0.93 + 0.006 * n) + random.integers(-2, 3, scene.shape), 0, 255
+        ).astype(np.uint8)
         folder = tmp_path / ("val" if n == 20 else "train")
         for kind in ("images", "labels"):
             (folder / kind).mkdir(parents=True, exist_ok=True)

@@ -139,12 +139,20 @@ class Parts(ImageParts):
     @property
     def num_served(self) -> int:
         """The test looks at its own, the gap to training at some, and the probe, where there is time for it, at many."""
-        return len(self.index.rows("test")) + min(TRAIN_SAMPLES, len(self.train.rows)) + (self.num_probed if self.probes(0.0) else 0)
+        return (
+            len(self.index.rows("test"))
+            + min(TRAIN_SAMPLES, len(self.train.rows))
+            + (self.num_probed if self.probes(0.0) else 0)
+        )
 
     @property
     def num_probed(self) -> int:
         """How many samples the linear probe looks at."""
-        return min(PROBE_SAMPLES, len(self.train.rows)) + min(PROBE_SAMPLES, len(self.index.rows("val"))) + len(self.index.rows("test"))
+        return (
+            min(PROBE_SAMPLES, len(self.train.rows))
+            + min(PROBE_SAMPLES, len(self.index.rows("val")))
+            + len(self.index.rows("test"))
+        )
 
     def probes(self, image_seconds: float) -> bool:
         """Whether the time of the run, if it has one, has room for the linear probe.

@@ -151,7 +151,13 @@ def final_test(run: Run, parts: Parts, journal: Journal) -> dict[str, Any]:
 def describe_test(result: dict[str, Any]) -> str:
     """The final test in one line."""
     probe = result["baselines"]["linear_probe"]
-    beside = f" · linear probe {100 * probe['accuracy']:.1f} %" if probe else f" · no linear probe: {result['no_probe']}" if result.get("no_probe") else ""
+    beside = (
+        f" · linear probe {100 * probe['accuracy']:.1f} %"
+        if probe
+        else f" · no linear probe: {result['no_probe']}"
+        if result.get("no_probe")
+        else ""
+    )
     return (
         f"acc {100 * result['accuracy']:.1f} % ({100 * result['low']:.1f}–{100 * result['high']:.1f}, n = {result['n']}) · "
         f"majority class {100 * result['baselines']['majority']['accuracy']:.1f} %{beside} · "

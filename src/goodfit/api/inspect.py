@@ -50,7 +50,11 @@ def suspect_stage(request: TrainRequest, audited: Audited, journal: Journal, pla
         if asked is None and len(rows) > MAX_SUSPECT_ROWS:
             note.text = f"not searched for wrong ones among {len(rows):,} samples; suspects=true does"
             return audited, []
-        if asked is None and plan is not None and not is_worth(_search_seconds(audited, plan, len(rows)), plan.time.value):
+        if (
+            asked is None
+            and plan is not None
+            and not is_worth(_search_seconds(audited, plan, len(rows)), plan.time.value)
+        ):
             note.text = "not searched for wrong ones, which would take a large part of the time; suspects=true does"
             return audited, []
         features, what = _features(audited, rows, plan)

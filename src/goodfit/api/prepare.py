@@ -123,7 +123,9 @@ def read_and_audit(request: TrainRequest, journal: Journal, base: Plan | None = 
                      f"{reading.note}, {how}{fixed}")  # fmt: skip
     with stage(journal, "audit") as note:
         with progress_of(journal, "audit") as progress:
-            audit = audit_dataset(reading, max_bad=decided.max_bad.value, progress=progress, twins=request.twins or "group")
+            audit = audit_dataset(
+                reading, max_bad=decided.max_bad.value, progress=progress, twins=request.twins or "group"
+            )
         if request.twins is not None and audit.scan is None:
             raise RequestError("twins= is for images; this is a dataset of texts.", next="leave twins= out")
         index = split_dataset(audit.index, shares=decided.split.value, split_seed=decided.split_seed.value, given=given)
@@ -172,7 +174,9 @@ def _refuse_without_objects(audit: Audit, index: DatasetIndex) -> None:
     crowd = int((train & objects.kept & objects.crowd).sum())
     bad = [f for f in audit.findings if f.kind in ("bad_box", "bad_mask")]
     reasons = [f"{crowd:,} are marked as crowds or as difficult"] if crowd else []
-    reasons += [f"of all splits {bad[0].count:,} were dropped or clipped, the first is {bad[0].items[0]}"] if bad else []
+    reasons += (
+        [f"of all splits {bad[0].count:,} were dropped or clipped, the first is {bad[0].items[0]}"] if bad else []
+    )
     raise DataError(f"No picture of the training split has an object that can be learned: {'; '.join(reasons) or 'there is none'}", where=str(index.root),
                     kept="no file was changed", next="crowds=learn, where they are objects like others" if crowd else
                     "mend the annotations; the findings above say what was dropped")  # fmt: skip

@@ -177,7 +177,11 @@ def _forget_damaged(progress: Progress, checkpoints: Checkpoints, newest: dict[s
 def _place_of(progress: Progress, events: Sequence[Event], settings: FitSettings) -> dict[str, Any] | None:
     """The state at this progress with the figures of its validation, as `best` has them; None where it was not validated."""
     for event in reversed(events):
-        if event["event"] == "epoch" and (event["segment"], event["step"]) == (progress.segment, progress.step) and not progress.position:
+        if (
+            event["event"] == "epoch"
+            and (event["segment"], event["step"]) == (progress.segment, progress.step)
+            and not progress.position
+        ):
             val = {name: float(figure) for name, figure in event["val"].items()}
             if not (math.isfinite(val[settings.monitor]) and math.isfinite(val["loss"])):
                 return None

@@ -141,7 +141,9 @@ def over_time(budget: TimeBudget | None) -> str:
     """What to say of a run that took clearly longer than it was given; "" otherwise."""
     if budget is None or budget.spent() <= OVER * budget.seconds:
         return ""
-    return f"The run took {describe_seconds(budget.spent())} of the {describe_seconds(budget.seconds)} that it was given"
+    return (
+        f"The run took {describe_seconds(budget.spent())} of the {describe_seconds(budget.seconds)} that it was given"
+    )
 
 
 def time_stage(run: Run, parts: FitParts, journal: Journal) -> None:

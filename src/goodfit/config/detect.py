@@ -262,7 +262,11 @@ def _architecture(
         value["proposals"] = max(value["proposals"], 2 * most)
     value["levels"] = max(3, min(value["levels"], int(math.log2(max(8.0, side / 2) / 8)) + 1))
     reason = (
-        ("as published, over a pyramid from stride 8 on, its second stage a quarter as wide" if family in TWO_STAGES else "as published")
+        (
+            "as published, over a pyramid from stride 8 on, its second stage a quarter as wide"
+            if family in TWO_STAGES
+            else "as published"
+        )
         if large
         else "half the width and depth of the published head, which takes four fifths of the time on a processor"
     )

@@ -122,9 +122,11 @@ def _cache(choose: Chooser, facts: Facts, side: int, inputs: InputSizes) -> Deci
     in_memory, on_disk = size <= 0.25 * machine.free_memory, size <= 0.25 * machine.free_disk
     if inputs.epochs == 1:
         value, why = "off", "each picture is used once"
-    elif time and facts.first_step is not None and (
-        passes := passes_in(time, facts.first_step, inputs.imgsz, data.num_train)
-    ) < KEPT_PASSES:
+    elif (
+        time
+        and facts.first_step is not None
+        and (passes := passes_in(time, facts.first_step, inputs.imgsz, data.num_train)) < KEPT_PASSES
+    ):
         value, why = "off", f"the time holds about {passes:.2g} passes over them"
     elif in_memory and (seconds <= CACHE_SECONDS or not on_disk):
         value, why = "ram", f"decoding again at the next run takes {seconds:.0f} s"

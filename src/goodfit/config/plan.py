@@ -114,7 +114,9 @@ class Plan:
     deterministic: Decision[bool]
     rehearse: Decision[bool]
     measured: Measured | None = None  # the figures behind what was measured; decides nothing
-    sample_seconds: float = 0.0  # of a training sample in a step, where a time is to be kept; 0: not timed; decides nothing
+    sample_seconds: float = (
+        0.0  # of a training sample in a step, where a time is to be kept; 0: not timed; decides nothing
+    )
 
     def decisions(self) -> dict[str, Decision[Any]]:
         """Every decision by name, in the order of the schema."""

@@ -237,9 +237,7 @@ def _regularisation(
     if augment.value == "off":
         flip = own("flip", 0.0, "augmentation is off")
     elif data.grey_share > 0.5:
-        flip = own(
-            "flip", 0.0, "grey pictures: may be characters or scans, where a mirror image means something else"
-        )
+        flip = own("flip", 0.0, "grey pictures: may be characters or scans, where a mirror image means something else")
     else:
         flip = own("flip", 0.5, "photos mean the same mirrored")
     drop_path = choose("drop_path", 0.0, "short training needs none")

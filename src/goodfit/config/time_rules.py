@@ -28,7 +28,12 @@ def few_passes(plan: Plan, facts: Facts) -> str:
     """What to say of a time that holds too few passes for a detector to learn much, or not one pass for a classifier; "" otherwise."""
     first, time = facts.first_step, plan.time.value
     detects = plan.task.value != "classify"
-    if first is None or not time or (passes := passes_in(time, first, plan.imgsz.value, facts.data.num_train)) >= (FEW_PASSES if detects else 1.0):
+    if (
+        first is None
+        or not time
+        or (passes := passes_in(time, first, plan.imgsz.value, facts.data.num_train))
+        >= (FEW_PASSES if detects else 1.0)
+    ):
         return ""
     little = ", from which little is learned" if detects else ""
     return (f"{time:.0f} s hold about {passes:.2g} passes over the training pictures{little}; "

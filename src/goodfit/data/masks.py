@@ -333,7 +333,9 @@ def _refuse_map(pixels: npt.NDArray[np.generic]) -> None:
     if 1 < largest < 255 or 255 < largest < 65535:
         values = np.unique(pixels)
         if len(values) == largest + (values[0] == 0):
-            raise ValueError(f"The file holds the numbers 1 to {largest}, a map of as many objects; one file for each object is wanted.")
+            raise ValueError(
+                f"The file holds the numbers 1 to {largest}, a map of as many objects; one file for each object is wanted."
+            )
 
 
 def mask_box(mask: Mask) -> tuple[float, float, float, float] | None:

@@ -186,7 +186,12 @@ def is_regular(path: Path) -> bool:
 
 def unread_picture(item: str, path: Path) -> Problem:
     """A sample that is lost as its picture is in a format that is not read."""
-    return problem("unreadable", item, f"Pictures of the kind {path.suffix.lower()} are not read: convert it to JPEG or PNG.", lost=True)
+    return problem(
+        "unreadable",
+        item,
+        f"Pictures of the kind {path.suffix.lower()} are not read: convert it to JPEG or PNG.",
+        lost=True,
+    )
 
 
 def unread_pictures(files: Iterable[Path]) -> list[Path]:

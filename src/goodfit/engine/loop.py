@@ -202,7 +202,9 @@ def _go_on_longer(
         _save(state, checkpoints, epoch)
 
 
-def _save(state: TrainState, checkpoints: Checkpoints, epoch: Epoch, *, pinned: bool = False, tries: int = TRIES) -> None:
+def _save(
+    state: TrainState, checkpoints: Checkpoints, epoch: Epoch, *, pinned: bool = False, tries: int = TRIES
+) -> None:
     """Save what cannot wait for the next epoch; some more times, where a disk is full for the moment."""
     snapshot = _snapshot(state, epoch, pinned=pinned)
     for number in range(1, tries + 1):

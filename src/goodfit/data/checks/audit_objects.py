@@ -137,7 +137,9 @@ def crowds(index: DatasetIndex) -> list[Finding]:
     if not marked.sum():
         return []
     many = marked.sum() > MANY_CROWDS * (marked.sum() + learned.sum()) or ((marked > 0) & (learned == 0)).any()
-    items = tuple(f"{index.class_names[c]}: {marked[c]} of {marked[c] + learned[c]} objects" for c in np.flatnonzero(marked))
+    items = tuple(
+        f"{index.class_names[c]}: {marked[c]} of {marked[c] + learned[c]} objects" for c in np.flatnonzero(marked)
+    )
     return [Finding("crowd", "warning" if many else "info", int(marked.sum()), items,
                     "marked as a crowd or as difficult: not learned, and what is found there is not judged",
                     "crowds=learn, where these are objects like others, as CVAT marks what its brush drew")]  # fmt: skip

@@ -14,7 +14,9 @@ from goodfit.data.masks import pack_mask, pack_polygons, unpack_polygons, unpack
 from goodfit.runtime.images import ImageError, open_image, orientation
 
 BEYOND_SHARE = 0.02  # of such pictures that may have a box beyond their stated size, by mistake
-FIRST_QUARTER = 5  # EXIF orientations from here on exchange width and height: transposed, turned right, transversed, turned left
+FIRST_QUARTER = (
+    5  # EXIF orientations from here on exchange width and height: transposed, turned right, transversed, turned left
+)
 
 
 def turned_rows(index: DatasetIndex, rows: npt.NDArray[np.int64]) -> dict[int, int]:
@@ -55,7 +57,7 @@ def turn_objects(objects: Objects, turns: Mapping[int, int], sizes: npt.NDArray[
         part = objects.of(row)
         corners = _moved(boxes[part].reshape(-1, 2), turn, wide, high).reshape(-1, 2, 2)
         made = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
-        reversed_ = (boxes[part, 2:] < boxes[part, :2]).any(axis=1)  # stay so, for the audit
+        reversed_ = np.asarray((boxes[part, 2:] < boxes[part, :2]).any(axis=1))  # stay so, for the audit
         boxes[part] = np.where(reversed_[:, None], made[:, [2, 3, 0, 1]], made)
         for number in range(part.start, part.stop):
             masks[number] = _turned_mask(int(objects.mask_kinds[number]), masks[number], turn, wide, high)

@@ -14,7 +14,10 @@ from goodfit.data.checks.scan import Scan
 from goodfit.data.index import LEFT_OUT, NO_GROUP, SPLITS, DatasetIndex
 
 MOVED = 0.06  # share of a picture's side that an object of a copy may have moved by
-VISIBLE, VISIBLE_TIMES = 16.0, 4.0  # grey levels, and times what the pictures differ by on average, from which a difference is one of their content
+VISIBLE, VISIBLE_TIMES = (
+    16.0,
+    4.0,
+)  # grey levels, and times what the pictures differ by on average, from which a difference is one of their content
 MOST_PAIRS = 2_000  # that are compared one by one
 Ints = npt.NDArray[np.int64]
 MIN_SIDE = (
@@ -22,7 +25,9 @@ MIN_SIDE = (
 )
 
 
-def audit_twins(index: DatasetIndex, scan: Scan | None, *, keep: bool = False) -> tuple[DatasetIndex, list[Finding], int]:
+def audit_twins(
+    index: DatasetIndex, scan: Scan | None, *, keep: bool = False
+) -> tuple[DatasetIndex, list[Finding], int]:
     """Find equal and nearly equal samples, and mend the index: conflicting labels and leaks are left out, the rest is
     grouped, so that no split separates it.
 
@@ -212,7 +217,9 @@ def _leaks(
                     f"{kinds} pairs in two splits: the copy nearer to {SPLITS[0]} was left out", "mend the splits")]  # fmt: skip
 
 
-def _leave_copies(index: DatasetIndex, places: npt.NDArray[np.int8], exact: Ints, links: Ints, scan: Scan | None) -> int:
+def _leave_copies(
+    index: DatasetIndex, places: npt.NDArray[np.int8], exact: Ints, links: Ints, scan: Scan | None
+) -> int:
     """Of equal samples, and of nearly equal pairs, in several given splits, those in the most sealed one stay. Of what is like them only by
     others in between, each is compared with them itself: a film whose end is also in validation loses its end and not all of it. Where
     that would be too many comparisons, all of it leaves. Returns how many rows left."""
@@ -236,25 +243,28 @@ def _leave_copies(index: DatasetIndex, places: npt.NDArray[np.int8], exact: Ints
             pairs = np.stack([np.repeat(waiting, len(sealed)), np.tile(sealed, len(waiting))], axis=1)
             pairs = pairs[places[pairs[:, 0]] < places[pairs[:, 1]]]
             same = are_copies(scan.thumbnails, pairs)
-            same &= np.array([not s or _same_objects(index, scan, a, b) for s, (a, b) in zip(same, pairs.tolist(), strict=True)])
+            same &= np.array(
+                [not s or _same_objects(index, scan, a, b) for s, (a, b) in zip(same, pairs.tolist(), strict=True)]
+            )
             going[pairs[same, 0]] = True
     index.splits[going] = LEFT_OUT
     return int(going.sum())
 
 
 def _same_objects(index: DatasetIndex, scan: Scan, a: int, b: int) -> bool:
-    """Whether two pictures that look alike show the same: no object of one that has none of its class at its place in the other, as a copy
-    cropped by 5 % of its sides has it, is where the pictures differ. A label that is missing makes no other picture."""
+    """Whether two pictures that look alike show the same: half of their objects or more have one of their class near them in the other, as in
+    a copy cropped by 5 % of its sides; or no other object is where the pictures differ, as labels that are missing make no other picture."""
     if index.objects is None:
         return True
     mine, theirs = (_kept_objects(index, row) for row in (a, b))
     lonely = np.concatenate([_without_partner(mine, theirs), _without_partner(theirs, mine)])
-    if not len(lonely):
+    if 2 * len(lonely) <= len(mine[0]) + len(theirs[0]):
         return True
     first, second = (scan.thumbnails[row].astype(np.float64) for row in (a, b))
     apart = np.abs(first - second * (first.mean() / max(1.0, second.mean())))
     limit, side = max(VISIBLE, VISIBLE_TIMES * float(apart.mean())), len(first)
-    edges = np.stack([np.floor(lonely[:, :2] * side) - 1, np.ceil(lonely[:, 2:] * side) + 1], axis=1).clip(0, side).astype(int)
+    corners = np.stack([np.floor(lonely[:, :2] * side) - 1, np.ceil(lonely[:, 2:] * side) + 1], axis=1)
+    edges = corners.clip(0, side).astype(np.int64)
     return not any(apart[low[1] : high[1], low[0] : high[0]].max(initial=0.0) > limit for low, high in edges)
 
 
@@ -263,7 +273,8 @@ def _kept_objects(index: DatasetIndex, row: int) -> tuple[npt.NDArray[np.float64
     assert index.objects is not None and index.sizes is not None
     part = index.objects.of(row)
     kept = index.objects.kept[part]
-    return index.objects.boxes[part][kept].astype(np.float64) / np.tile(index.sizes[row], 2), index.objects.classes[part][kept]
+    boxes = index.objects.boxes[part][kept].astype(np.float64) / np.tile(index.sizes[row], 2)
+    return boxes, index.objects.classes[part][kept]
 
 
 def _without_partner(
@@ -271,5 +282,7 @@ def _without_partner(
 ) -> npt.NDArray[np.float64]:  # fmt: skip
     """Boxes that have none of their class near them among others. Shape: (B, 4)."""
     (boxes, kinds), (others, other_kinds) = mine, theirs
-    apart = np.abs((boxes[:, None, :2] + boxes[:, None, 2:] - others[None, :, :2] - others[None, :, 2:]) / 2).max(axis=2, initial=0.0)
+    apart = np.abs((boxes[:, None, :2] + boxes[:, None, 2:] - others[None, :, :2] - others[None, :, 2:]) / 2).max(
+        axis=2, initial=0.0
+    )
     return boxes[~((apart <= MOVED) & (kinds[:, None] == other_kinds[None, :])).any(axis=1)]

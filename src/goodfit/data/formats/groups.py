@@ -32,7 +32,11 @@ def group_names(paths: Sequence[str], asked: str) -> list[str]:
     except re.error as error:
         raise RequestError(f"group={asked} is no pattern: {error}.", where="group=", next=f"use {_WAYS}") from error
     if pattern.groups != 1:
-        raise RequestError(f"group={asked} does not say which part of a file's path names the group.", where="group=", next=f"use {_WAYS}")
+        raise RequestError(
+            f"group={asked} does not say which part of a file's path names the group.",
+            where="group=",
+            next=f"use {_WAYS}",
+        )
     found = [pattern.search(path) for path in paths]
     if paths and not any(found):
         raise RequestError(f"group={asked} is found in none of the {len(paths):,} paths; the first is {paths[0]}.", where="group=",

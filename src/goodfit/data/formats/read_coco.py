@@ -207,7 +207,9 @@ class _Reader:
         source = self.samples.name(file.path)
         for path, key in sorted(found, key=lambda f: f[0]):
             self.used.add(path)
-            file.rows[key] = self.samples.add(self.samples.name(path), file.split, source, size=sizes[key], group=groups.get(key, ""))
+            file.rows[key] = self.samples.add(
+                self.samples.name(path), file.split, source, size=sizes[key], group=groups.get(key, "")
+            )
 
     def _find(self, name: str, places: list[str]) -> str | None:
         """A file by its name and the folders in it, as many of them as there are here: the name may be a path of the machine that

@@ -63,7 +63,11 @@ def read(data: Path, how: How) -> Reading:
     if not rows:
         lost = next((p for p in problems if p.kind == "unreadable"), None)
         if lost is not None:
-            raise DataError(f"No image that can be read was found: {lost.item}: {lost.message}", where=str(data), next="convert them")
+            raise DataError(
+                f"No image that can be read was found: {lost.item}: {lost.message}",
+                where=str(data),
+                next="convert them",
+            )
         refuse_no_images(data)
     paths = [path for path, _, _ in rows]
     groups = {} if how.group is None else dict(zip(paths, group_names(paths, how.group), strict=True))

@@ -247,7 +247,9 @@ def _is_box(rings: list[npt.NDArray[np.float32]], box: npt.NDArray[np.float64]) 
     """Whether polygons are the four corners of a box, and nothing else."""
     if len(rings) != 1 or not 4 <= len(rings[0]) <= 5 or not np.isfinite(box).all():
         return False
-    near = np.abs(rings[0][:, [0, 1, 0, 1]] - box) <= CLOSE * max(1.0, float(np.abs(box).max()))  # left, top, right, bottom
+    near = np.abs(rings[0][:, [0, 1, 0, 1]] - box) <= CLOSE * max(
+        1.0, float(np.abs(box).max())
+    )  # left, top, right, bottom
     at_corner = (near[:, 0] | near[:, 2]) & (near[:, 1] | near[:, 3])
     return bool(at_corner.all()) and len({(bool(right), bool(low)) for right, low in near[:, 2:]}) == 4
 
@@ -305,7 +307,6 @@ class Samples:
         )  # fmt: skip
         given = tuple(s for i, s in enumerate(SPLITS) if (splits == i).any())
         return Reading(index=index, format=format, note=clean(note), given_splits=given, problems=tuple(problems))
-
 
     def _groups(self, how: How) -> npt.NDArray[np.int64]:
         """As the annotations have them, else by the paths; none where none were asked for."""

@@ -20,7 +20,18 @@ USED = {  # options of reading that mean something, by layout; tables and texts 
     "folders": ("group",), "yolo": ("group", "annotations", "encoding"), "voc": ("group", "encoding", "crowds"), "masks": ("group",),
     "coco": ("group", "images", "annotations", "encoding", "crowds"),
 }  # fmt: skip
-_READING = ("image_column", "text_column", "label_column", "split_column", "group", "header", "images", "annotations", "encoding", "crowds")
+_READING = (
+    "image_column",
+    "text_column",
+    "label_column",
+    "split_column",
+    "group",
+    "header",
+    "images",
+    "annotations",
+    "encoding",
+    "crowds",
+)
 _FOR_TABLES = tuple(option for option in _READING if option != "crowds")
 MAX_CHILDREN = 20  # folders that are looked into; more are classes
 _TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")

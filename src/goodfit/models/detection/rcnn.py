@@ -51,7 +51,15 @@ class RcnnNetwork(nn.Module):
         anchors = AnchorGenerator(sizes, (RATIOS,) * len(sizes))
         counts = {"training": proposals, "testing": proposals}
         self.rpn = RegionProposalNetwork(
-            _Anchors(anchors, pyramid.strides), RPNHead(channels, 2 * len(RATIOS)), 0.7, 0.3, 256, 0.5, counts, counts, 0.7
+            _Anchors(anchors, pyramid.strides),
+            RPNHead(channels, 2 * len(RATIOS)),
+            0.7,
+            0.3,
+            256,
+            0.5,
+            counts,
+            counts,
+            0.7,
         )
         layers = [ClassLayer("roi_heads.box_predictor.cls_score", background=True),
                   ClassLayer("roi_heads.box_predictor.bbox_pred", background=True, inner=4)]  # fmt: skip
@@ -203,7 +211,9 @@ def _centred(masks: torch.Tensor) -> torch.Tensor:
     """Masks as the library's loss has to be given them. It reads them without `aligned`: the value of pixel k at the place k, whose
     middle lies at k + 0.5, so that what is learned lies half a pixel too far to the left and up. Each pixel becomes the mean of
     itself and those to its left and above. masks: shape (G, height, width)."""
-    padded = nn.functional.pad(masks, (1, 0, 1, 0))  # in bytes, and half precision, which has all the quarters: crowded pictures hold gigabytes
+    padded = nn.functional.pad(
+        masks, (1, 0, 1, 0)
+    )  # in bytes, and half precision, which has all the quarters: crowded pictures hold gigabytes
     return (padded[:, 1:, 1:] + padded[:, :-1, 1:] + padded[:, 1:, :-1] + padded[:, :-1, :-1]).half() / 4
 
 
