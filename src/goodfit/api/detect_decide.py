@@ -28,7 +28,7 @@ from goodfit.config.measured import MEMORY_SHARE, BatchCost, Measured, best_exec
 from goodfit.config.plan import Decision, Plan
 from goodfit.config.request import TrainRequest
 from goodfit.config.resolve import data_decisions
-from goodfit.config.time_rules import few_passes, is_worth
+from goodfit.config.time_rules import WAY_STEPS, few_passes, is_worth
 from goodfit.core.errors import GoodfitError, RequestError
 from goodfit.core.journal import Journal
 from goodfit.data.loader import MicroBatch
@@ -41,8 +41,7 @@ from goodfit.models.detection.transfer import DetectorCard, read_detector_card
 from goodfit.planning.inprocess import measure_batches_here, measure_ways_here, step_seconds_here
 
 MEASURE_PAYS = 120.0  # projected seconds of a run from which ways to execute the step are compared ...
-MEASURE_SECONDS = 8.0  # ... for about as long, each for some steps at least ...
-WAY_STEPS = 8  # ... which must be no large share of the run
+MEASURE_SECONDS = 8.0  # ... for about as long, each for some steps at least, which must be no large share of the run
 BATCHES_PAY = 1800.0  # projected seconds from which batch sizes are timed too
 
 

@@ -124,7 +124,7 @@ def read_and_audit(request: TrainRequest, journal: Journal, base: Plan | None = 
     with stage(journal, "audit") as note:
         with progress_of(journal, "audit") as progress:
             audit = audit_dataset(
-                reading, max_bad=decided.max_bad.value, progress=progress, twins=request.twins or "group"
+                reading, max_bad=decided.max_bad.value, progress=progress, keep_twins=request.twins == "keep"
             )
         if request.twins is not None and audit.scan is None:
             raise RequestError("twins= is for images; this is a dataset of texts.", next="leave twins= out")

@@ -41,7 +41,7 @@ from goodfit.config.measured import (
 from goodfit.config.plan import Plan
 from goodfit.config.request import TrainRequest
 from goodfit.config.sizes import InputSizes
-from goodfit.config.time_rules import is_worth
+from goodfit.config.time_rules import WAY_STEPS, is_worth
 from goodfit.core.errors import StorageError
 from goodfit.core.machine import num_cores
 from goodfit.core.places import cache_folder
@@ -56,7 +56,6 @@ SAMPLES = 64  # real pictures in the batches; larger batches repeat them
 LEAST_TIME = (
     600.0  # seconds of a time budget, below which a minute of measuring is not spent: what is known already is used
 )
-STEPS_EACH = 8  # steps that a way to compute is timed for, at least
 COMPILE_SECONDS = 60.0  # that trying to compile may take, start of the process included, where it was not asked for
 FORMAT = "measured-2"
 
@@ -93,7 +92,7 @@ def measure(
             earlier = Measured.from_dict(read_json(kept))
             if _still_holds(earlier, plan, len(rows), memory):
                 return replace(earlier, memory=memory)
-    takes = STEPS_EACH * len(ways_to_execute(plan, machine)) * plan.batch.value * plan.sample_seconds
+    takes = WAY_STEPS * len(ways_to_execute(plan, machine)) * plan.batch.value * plan.sample_seconds
     if request.measure is None and (0 < plan.time.value < LEAST_TIME or not is_worth(takes, plan.time.value)):
         return None
     ask = {"class_names": list(index.class_names), "counts": np.bincount(index.targets[rows]).tolist(),

@@ -26,7 +26,6 @@ from goodfit.planning.pace import Pace, measure_pace
 from goodfit.planning.projection import Projection, check_disk, describe_seconds, measure_outcome, project
 
 OVER = 1.05  # times the time that it was given, from which a run is told to have taken too long
-EVENTS = "events.jsonl"
 
 
 def disk_stage(folder: Path, parts: FitParts, *, resumed: bool = False) -> None:
@@ -112,7 +111,7 @@ def time_budget(run: Run, parts: FitParts, began: float) -> TimeBudget | None:
     pace, num_val = _measured_pace(run), len(parts.val.rows)
     validation = num_val * (float(pace.get("validation", 0.0)) or parts.plan.sample_seconds / FORWARD)
     # A process that was killed told in its events how far it had come, also where it left no checkpoint.
-    told = max((float(e["spent"]) for e in read_lines(run.path / EVENTS) if "spent" in e), default=0.0)
+    told = max((float(e["spent"]) for e in read_lines(run.path / "events.jsonl") if "spent" in e), default=0.0)
     return TimeBudget(seconds=seconds, used=max(parts.state.progress.seconds, told), reserve=parts.finish_seconds + 2 * float(pace.get("save", 0.0)),
                       served=parts.num_served / max(1, num_val), validation=validation, rest_seconds=validation, began=began)  # fmt: skip
 

@@ -15,6 +15,7 @@ STEPS_SHARE = 0.5  # of a time that is the steps'; the rest goes to audit, plan,
 REHEARSAL_STEPS = 36  # that a rehearsal takes at least, about ...
 REHEARSAL_SHARE = 0.25  # ... and the share of a time beyond which it is left out
 ASIDE_SHARE = 0.1  # of a time, for what only stands beside the result: wrong labels, the linear probe, ways to compute
+WAY_STEPS = 8  # that a way to compute is timed for, at least
 KEPT_PASSES = 2.0  # below which decoded pictures are not kept for the next
 FORWARD = 3.0  # forward passes that a step takes as long as
 

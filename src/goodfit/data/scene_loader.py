@@ -125,9 +125,8 @@ class SceneSamples:
         for out, number in zip(masks, numbers, strict=True):
             mask = self.masks.get(paste.row, int(found.numbers[number]))
             paste.mask(mask, shares, out)
-            if (
-                boxes[number] != whole[number]
-            ).any():  # a corner of the box may be left with no pixel of the object in it
+            # Of a box that was cut, a corner may be left with no pixel of the object in it.
+            if (boxes[number] != whole[number]).any():
                 boxes[number], seen[number] = what_is_left(out, mask.area * share)
         return boxes[seen], found.classes[seen], masks if seen[numbers].all() else masks[seen[numbers]]
 

@@ -24,8 +24,8 @@ class Ema:
     copied, and those that are not finite at the start: between two infinities of a mask lies no number.
 
     The decay of a step t is min(decay, (1 + t) / (10 + t)), so that the random start is soon forgotten. The average moves
-    every `every` steps, by the decay of as many: ten times in a horizon, and at least every 16 steps; of the first `every` after each
-    one, as a run that ends before them would otherwise be judged by the weights that it began with.
+    every `every` steps, by the decay of as many: ten times in a horizon, and at least every 16 steps. Over the first `every` steps it moves
+    at each, as a run that ends within them would otherwise be judged by the weights that it began with.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

@@ -41,12 +41,12 @@ class Audit:
 
 
 def audit_dataset(
-    reading: Reading, *, max_bad: float, progress: Callable[[int, int], None] | None = None, twins: str = "group"
+    reading: Reading, *, max_bad: float, progress: Callable[[int, int], None] | None = None, keep_twins: bool = False
 ) -> Audit:
     """Read and decode every file, find what is wrong, and leave it out in the index.
 
     Args:
-        twins: "keep" takes nearly equal samples for different ones.
+        keep_twins: Nearly equal samples are told, and kept as others are.
 
     Raises:
         DataError: more than `max_bad` of the samples (and more than one) cannot be used, or fewer than two classes are
@@ -62,7 +62,7 @@ def audit_dataset(
         findings += _file_findings(index, scan)
         index, found = _check_objects(index)
         findings += found
-    index, found, num_copies = audit_twins(index, scan, keep=twins == "keep")
+    index, found, num_copies = audit_twins(index, scan, keep=keep_twins)
     findings += found
     num_lost = sum(p.lost for p in reading.problems)
     _gate(index, findings, num_lost, num_asked + num_copies, max_bad)

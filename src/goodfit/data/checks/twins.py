@@ -14,10 +14,8 @@ from goodfit.data.checks.scan import Scan
 from goodfit.data.index import LEFT_OUT, NO_GROUP, SPLITS, DatasetIndex
 
 MOVED = 0.06  # share of a picture's side that an object of a copy may have moved by
-VISIBLE, VISIBLE_TIMES = (
-    16.0,
-    4.0,
-)  # grey levels, and times what the pictures differ by on average, from which a difference is one of their content
+# Grey levels, and times what the pictures differ by on average, from which a difference is one of their content.
+VISIBLE, VISIBLE_TIMES = 16.0, 4.0
 MOST_PAIRS = 2_000  # that are compared one by one
 Ints = npt.NDArray[np.int64]
 MIN_SIDE = (

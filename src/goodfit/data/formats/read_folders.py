@@ -22,6 +22,7 @@ from goodfit.data.reading import (
     unread_pictures,
 )
 
+FEW_FOLDERS = 4  # more are classes, two of which happen to be called so
 _IMAGES = ("images", "image", "imgs", "img")
 _MASKS = ("masks", "mask", "labels", "label", "annotations", "segmentations")
 
@@ -89,7 +90,7 @@ def _refuse_masks(root: Path) -> None:
     """Pictures and their masks are no two classes."""
     names = {folder.name.lower(): folder.name for folder in folders(root)}
     images, masks = (next((names[n] for n in known if n in names), None) for known in (_IMAGES, _MASKS))
-    if images is not None and masks is not None and len(names) <= len(_IMAGES):
+    if images is not None and masks is not None and len(names) <= FEW_FOLDERS:
         raise DataError(f"The folders {images} and {masks} are no classes.", where=str(root), next="of masks these layouts are read: "
                         "ID/images/ and ID/masks/ with one file per object, COCO JSON, or YOLO polygons")  # fmt: skip
 

@@ -247,9 +247,8 @@ def _is_box(rings: list[npt.NDArray[np.float32]], box: npt.NDArray[np.float64]) 
     """Whether polygons are the four corners of a box, and nothing else."""
     if len(rings) != 1 or not 4 <= len(rings[0]) <= 5 or not np.isfinite(box).all():
         return False
-    near = np.abs(rings[0][:, [0, 1, 0, 1]] - box) <= CLOSE * max(
-        1.0, float(np.abs(box).max())
-    )  # left, top, right, bottom
+    limit = CLOSE * max(1.0, float(np.abs(box).max()))
+    near = np.abs(rings[0][:, [0, 1, 0, 1]] - box) <= limit  # left, top, right, bottom
     at_corner = (near[:, 0] | near[:, 2]) & (near[:, 1] | near[:, 3])
     return bool(at_corner.all()) and len({(bool(right), bool(low)) for right, low in near[:, 2:]}) == 4
 

@@ -211,9 +211,8 @@ def _centred(masks: torch.Tensor) -> torch.Tensor:
     """Masks as the library's loss has to be given them. It reads them without `aligned`: the value of pixel k at the place k, whose
     middle lies at k + 0.5, so that what is learned lies half a pixel too far to the left and up. Each pixel becomes the mean of
     itself and those to its left and above. masks: shape (G, height, width)."""
-    padded = nn.functional.pad(
-        masks, (1, 0, 1, 0)
-    )  # in bytes, and half precision, which has all the quarters: crowded pictures hold gigabytes
+    # In bytes, and half precision, which has all the quarters: as float32 crowded pictures would hold gigabytes.
+    padded = nn.functional.pad(masks, (1, 0, 1, 0))
     return (padded[:, 1:, 1:] + padded[:, :-1, 1:] + padded[:, 1:, :-1] + padded[:, :-1, :-1]).half() / 4
 
 
